@@ -1,0 +1,210 @@
+"""The one contract between rooms: what a policy sees, what it answers, and how axes are called.
+
+Axis names used in every signature of the project:
+
+=============  ======================================================================
+batch          independent samples
+obs_step       steps of observation history, oldest first (absent when a policy sees one step)
+chunk          steps of an action chunk; 0 is the action to execute now
+action         action dimensions
+state          proprioceptive dimensions (qpos)
+height, width  image rows (downwards) and columns (rightwards), origin at the upper left
+token          inputs of the transformer encoder
+query          decoded chunk steps (a subset of chunk)
+latent         dimensions of the CVAE latent z
+=============  ======================================================================
+
+Units: images are RGB, ``uint8`` in 0..255 or floating point in 0..1. States and actions outside a
+network are always in the units of the data (PushT: px on the 512 x 512 board); normalised values
+never leave ``policies/``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy sees at one instant, or over the last ``obs_step`` instants."""
+
+    images: Mapping[str, Num[Tensor, "batch *obs_step 3 height width"]]
+    """Camera name to RGB pictures, in token order; cameras may differ in size."""
+    state: Float[Tensor, "batch *obs_step state"] | None = None
+    """Proprioception (qpos)."""
+    environment_state: Float[Tensor, "batch *obs_step environment"] | None = None
+    """Privileged simulator features, only for policies that ask for them."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return a copy on ``device``; dtypes stay."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            images={
+                name: image.to(device, non_blocking=non_blocking)
+                for name, image in self.images.items()
+            },
+            state=move(self.state),
+            environment_state=move(self.environment_state),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training samples: an observation, the demonstrated chunk, and where they come from."""
+
+    observation: Observation
+    actions: Float[Tensor, "batch chunk action"]
+    """Demonstrated actions from the observed step on; past the end the last one repeats."""
+    action_is_pad: Bool[Tensor, "batch chunk"]
+    """True where ``actions`` repeats beyond the end of the episode."""
+    episode_index: Int[Tensor, " batch"]
+    """Number of the episode in the data set."""
+    frame_index: Int[Tensor, " batch"]
+    """Step within the episode."""
+    simulator_state: Float[Tensor, "batch simulator"] | None = None
+    """State that resets the simulator to the observed instant, where the data set has one."""
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return a copy on ``device`` (Lightning moves batches through this method)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            observation=self.observation.to(device, non_blocking),
+            actions=move(self.actions),
+            action_is_pad=move(self.action_is_pad),
+            episode_index=move(self.episode_index),
+            frame_index=move(self.frame_index),
+            simulator_state=None if self.simulator_state is None else move(self.simulator_state),
+        )
+
+
+@dataclass(frozen=True)
+class DataSchema:
+    """What the columns of a data set are; saved in checkpoints and compared when one is loaded."""
+
+    cameras: dict[str, tuple[int, int]]
+    """Camera name to (height, width) in px, in token order."""
+    state_dim: int
+    """Dimensions of qpos; 0 when the data set has none."""
+    action_dim: int
+    """Dimensions of one action."""
+    fps: float | None = None
+    """Control frequency in Hz, when the data set states it."""
+    environment_state_dim: int = 0
+    """Dimensions of the privileged environment state offered to policies; 0 for none."""
+
+    def to_dict(self) -> dict:
+        """Plain values only, so that a checkpoint holding it loads with ``weights_only=True``."""
+        return {
+            "cameras": {name: list(size) for name, size in self.cameras.items()},
+            "state_dim": self.state_dim,
+            "action_dim": self.action_dim,
+            "fps": self.fps,
+            "environment_state_dim": self.environment_state_dim,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> Self:
+        """Inverse of :meth:`to_dict`."""
+        cameras = {name: (int(h), int(w)) for name, (h, w) in values["cameras"].items()}
+        return cls(**{**values, "cameras": cameras})
+
+    def differences(self, other: "DataSchema") -> list[str]:
+        """Name every field a policy depends on that differs, as ``field: mine != theirs``."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [
+            f"{key}: {mine[key]} != {theirs[key]}"
+            for key in mine
+            if key != "fps" and mine[key] != theirs[key]
+        ]
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Moments and range of one feature over the training split, one value per dimension."""
+
+    mean: Float[Tensor, " dim"]
+    std: Float[Tensor, " dim"]
+    min: Float[Tensor, " dim"]
+    max: Float[Tensor, " dim"]
+    q01: Float[Tensor, " dim"]
+    """1 % quantile."""
+    q99: Float[Tensor, " dim"]
+    """99 % quantile."""
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """Statistics of the training split, in data units; image channels in 0..1."""
+
+    images: Mapping[str, FeatureStatistics]
+    """Per camera, over RGB channels (dim = 3)."""
+    state: FeatureStatistics | None
+    action: FeatureStatistics
+    """Absolute actions, padding excluded."""
+    relative_action: FeatureStatistics | None = None
+    """Actions minus the state observed at the start of the chunk, over all unpadded chunk steps;
+    None when state and action dimensions differ."""
+    environment_state: FeatureStatistics | None = None
+
+
+@runtime_checkable
+class PolicyView(Protocol):
+    """What rollouts and diagnostics may ask of any policy, ours or LeRobot's. Stateless."""
+
+    @property
+    def data_schema(self) -> DataSchema:
+        """The data the policy was made for."""
+        ...
+
+    @property
+    def chunk_size(self) -> int:
+        """Steps in a predicted chunk."""
+        ...
+
+    @property
+    def n_action_steps(self) -> int:
+        """Steps of a chunk to execute before the next prediction, unless a caller says else."""
+        ...
+
+    @property
+    def n_obs_steps(self) -> int:
+        """Steps of observation history the policy sees; 1 means no ``obs_step`` axis."""
+        ...
+
+    def predict_chunk(
+        self, observation: Observation, queries: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch query action"]:
+        """Predict actions in data units, deterministically where the policy allows (ACT: z = 0).
+
+        Args:
+            observation: What the policy sees, on the policy's device.
+            queries: Chunk steps to predict; all when None.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a diagnostic hands to the logging room: numbers, and files already on disk."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    """Metric name to value, e.g. ``rollout/mean_max_coverage``."""
+    images: dict[str, str] = field(default_factory=dict)
+    """Media name to PNG path."""
+    videos: dict[str, str] = field(default_factory=dict)
+    """Media name to mp4 path (H.264, yuv420p)."""
