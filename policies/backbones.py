@@ -1,0 +1,207 @@
+"""Image encoders: a picture in, a grid of features out.
+
+Two families: torchvision's residual networks, and a small convolutional network that trains from
+scratch in minutes. ``token_stride`` says how many image pixels one output cell spans; for a ResNet
+32 is the output of layer 4 and 16 that of layer 3.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torchvision.models.resnet as torchvision_resnet
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+BackboneName = Literal["resnet18", "resnet34", "resnet50", "small_cnn"]
+BackboneNorm = Literal["frozen_batch", "group"]
+
+RESNETS = {
+    "resnet18": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet34": ("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3)),
+}
+GROUP_CHANNELS = 16
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 16 channels a group, which trains from scratch at any batch size."""
+    return nn.GroupNorm(max(1, channels // GROUP_CHANNELS), channels)
+
+
+def convolve_and_normalise(x: Tensor, convolution: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Apply a convolution and its normalisation, as one convolution where the norm is frozen.
+
+    A frozen batch norm is an affine map with constant coefficients, so it folds into the weights:
+    the same function and the same gradients, without two passes over the feature map.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(convolution(x))
+    gain, shift = norm.get_buffer("weight"), norm.get_buffer("bias")
+    scale = gain * (norm.get_buffer("running_var") + norm.eps).rsqrt()
+    bias = shift - norm.get_buffer("running_mean") * scale
+    weight = convolution.weight * scale[:, None, None, None]
+    return F.conv2d(
+        x,
+        weight.to(x.dtype),
+        bias.to(x.dtype),
+        convolution.stride,
+        convolution.padding,
+        convolution.dilation,
+        convolution.groups,
+    )
+
+
+class FoldedBasicBlock(torchvision_resnet.BasicBlock):
+    """torchvision's BasicBlock (same parameters and names) with frozen norms folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, (batch, channels, height, width)."""
+        out = self.relu(convolve_and_normalise(x, self.conv1, self.bn1))
+        out = convolve_and_normalise(out, self.conv2, self.bn2)
+        if self.downsample is not None:
+            x = convolve_and_normalise(x, self.downsample[0], self.downsample[1])  # type: ignore[arg-type]
+        return self.relu(out + x)
+
+
+class FoldedBottleneck(torchvision_resnet.Bottleneck):
+    """torchvision's Bottleneck (same parameters and names) with frozen norms folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, (batch, channels, height, width)."""
+        out = self.relu(convolve_and_normalise(x, self.conv1, self.bn1))
+        out = self.relu(convolve_and_normalise(out, self.conv2, self.bn2))
+        out = convolve_and_normalise(out, self.conv3, self.bn3)
+        if self.downsample is not None:
+            x = convolve_and_normalise(x, self.downsample[0], self.downsample[1])  # type: ignore[arg-type]
+        return self.relu(out + x)
+
+
+class ResNetBackbone(nn.Module):
+    """A residual network cut after layer 3 or layer 4; parameter names are torchvision's."""
+
+    def __init__(
+        self,
+        name: Literal["resnet18", "resnet34", "resnet50"],
+        norm: BackboneNorm,
+        token_stride: int,
+        pretrained_weights: str | None,
+    ):
+        super().__init__()
+        if token_stride not in (16, 32):
+            raise ValueError(
+                f"token_stride={token_stride} is not available for {name}: "
+                "use 32 (layer 4) or 16 (layer 3)"
+            )
+        if pretrained_weights is not None and norm != "frozen_batch":
+            raise ValueError(
+                f"backbone_weights={pretrained_weights!r} were trained with batch norm: set "
+                "backbone_norm to frozen_batch, or backbone_weights to null"
+            )
+        block, layers = RESNETS[name]
+        resnet = torchvision_resnet.ResNet(
+            FoldedBasicBlock if block == "BasicBlock" else FoldedBottleneck,
+            list(layers),
+            norm_layer=FrozenBatchNorm2d if norm == "frozen_batch" else group_norm,
+        )
+        if pretrained_weights is not None:
+            from torchvision.models import get_weight
+
+            resnet.load_state_dict(get_weight(pretrained_weights).get_state_dict(progress=True))
+        self.conv1, self.bn1, self.maxpool = resnet.conv1, resnet.bn1, resnet.maxpool
+        self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
+        channels = resnet.fc.in_features
+        if token_stride == 32:
+            self.layer4 = resnet.layer4
+        else:
+            self.layer4 = None
+            channels //= 2
+        self.out_channels = channels
+        self.token_stride = token_stride
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch channels rows columns"]:
+        """Return the feature map, one cell per ``token_stride`` pixels (rounded up)."""
+        x = F.relu(convolve_and_normalise(images, self.conv1, self.bn1))
+        x = self.layer3(self.layer2(self.layer1(self.maxpool(x))))
+        return x if self.layer4 is None else self.layer4(x)
+
+
+class SmallCNN(nn.Module):
+    """A few strided convolutions with GroupNorm: trains from scratch, cheap on a CPU.
+
+    Each stage halves the picture; the channel count doubles from ``width`` up to four times it.
+    """
+
+    def __init__(self, width: int, token_stride: int):
+        super().__init__()
+        n_stages = int(math.log2(token_stride)) if token_stride > 0 else 0
+        if 2**n_stages != token_stride or n_stages < 2:
+            raise ValueError(
+                f"token_stride={token_stride} must be a power of two >= 4 for small_cnn"
+            )
+        stages: list[nn.Module] = []
+        channels = 3
+        for stage in range(n_stages):
+            out_channels = width * 2 ** min(stage, 2)
+            kernel = 5 if stage == 0 else 3
+            stages += [
+                nn.Conv2d(channels, out_channels, kernel, stride=2, padding=kernel // 2),
+                group_norm(out_channels),
+                nn.ReLU(inplace=True),
+            ]
+            channels = out_channels
+        stages += [
+            nn.Conv2d(channels, channels, 3, padding=1),
+            group_norm(channels),
+            nn.ReLU(inplace=True),
+        ]
+        self.stages = nn.Sequential(*stages)
+        self.out_channels = channels
+        self.token_stride = token_stride
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch channels rows columns"]:
+        """Return the feature map, one cell per ``token_stride`` pixels (rounded up)."""
+        return self.stages(images)
+
+
+def build_backbone(
+    name: BackboneName,
+    norm: BackboneNorm,
+    token_stride: int,
+    width: int,
+    pretrained_weights: str | None,
+) -> ResNetBackbone | SmallCNN:
+    """Build the encoder that a config names.
+
+    Args:
+        name: Architecture.
+        norm: ``frozen_batch`` (as in ACT, meant for pretrained weights) or ``group``; the small
+            CNN always uses GroupNorm.
+        token_stride: Image pixels per output cell.
+        width: Channels of the small CNN's first stage; unused by ResNets.
+        pretrained_weights: torchvision weights such as ``ResNet18_Weights.IMAGENET1K_V1``.
+
+    Raises:
+        ValueError: If the combination does not exist; the message names the mend.
+    """
+    if name == "small_cnn":
+        if pretrained_weights is not None:
+            raise ValueError("small_cnn has no pretrained weights: set backbone_weights to null")
+        return SmallCNN(width, token_stride)
+    return ResNetBackbone(name, norm, token_stride, pretrained_weights)
+
+
+def grid_size(height: int, width: int, token_stride: int) -> tuple[int, int]:
+    """Rows and columns of the feature map of a picture of ``height`` x ``width`` px."""
+    return math.ceil(height / token_stride), math.ceil(width / token_stride)
+
+
+def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turn ``uint8`` pictures into floats in 0..1; floating point pictures keep their values."""
+    return images.to(dtype) / 255.0 if images.dtype == torch.uint8 else images.to(dtype)
