@@ -1,0 +1,209 @@
+"""Train ACT: the loss, the optimiser, and the names under which numbers are logged."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from lightning_modules.augmentation import ImageAugmentation
+from lightning_modules.metrics import ChunkL1, shown_chunk_steps
+from lightning_modules.optimisation import (
+    ParameterGroup,
+    Schedule,
+    build_adamw,
+    build_schedule,
+    gradient_norm,
+)
+from policies.act import ACTLoss, ACTPolicy
+from policies.interface import Batch, DataSchema
+
+SCHEMA_KEY = "data_schema"
+
+
+class ActModule(LightningModule):
+    """Action Chunking with Transformers (Zhao et al. 2023), trained by masked L1 and KL.
+
+    Args:
+        kl_weight: Weight of the KL term, against the mean normalised L1.
+        lr: Learning rate.
+        lr_backbone: Learning rate of the image encoder; null for ``lr``.
+        weight_decay: AdamW's decoupled weight decay.
+        betas: AdamW's moment decays.
+        lr_schedule: Learning rate after the warm-up.
+        warmup_steps: Optimiser steps of linear warm-up.
+        decay_steps: Step at which the cosine ends; null for trainer.max_steps.
+        shift_px: Augmentation: largest random shift of the pictures along each axis.
+        brightness: Augmentation: largest relative change of brightness.
+        contrast: Augmentation: largest relative change of contrast.
+        augmentation_seed: Seed of the augmentation, which depends on nothing else but the step.
+        compile: Compile the loss with torch.compile.
+        action_unit: Unit of the data's actions, as it appears in metric names.
+        policy: Arguments of ``policies.act.ACTPolicy``.
+    """
+
+    def __init__(
+        self,
+        kl_weight: float = 0.1,
+        lr: float = 1e-4,
+        lr_backbone: float | None = None,
+        weight_decay: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        lr_schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        shift_px: int = 0,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        augmentation_seed: int = 0,
+        compile: bool = False,
+        action_unit: str = "px",
+        **policy: Any,
+    ):
+        super().__init__()
+        if kl_weight < 0:
+            raise ValueError(f"kl_weight={kl_weight} must not be negative")
+        self.save_hyperparameters()
+        self.policy = ACTPolicy(**policy)
+        self.kl_weight = kl_weight
+        self.unit = action_unit
+        self.augmentation = ImageAugmentation(shift_px, brightness, contrast)
+        self._compute_loss = self.policy.loss
+        chunk_size = self.policy.chunk_size
+        self.train_reconstruction = ChunkL1(chunk_size)
+        self.val_reconstruction = ChunkL1(chunk_size)
+        self.val_prediction = ChunkL1(chunk_size)
+
+    @property
+    def view(self) -> ACTPolicy:
+        """The policy as rollouts and diagnostics see it."""
+        return self.policy
+
+    def configure_model(self) -> None:
+        """Compile the loss once, if asked to; Lightning may call this twice."""
+        if self.hparams["compile"] and self._compute_loss == self.policy.loss:
+            self._compute_loss = torch.compile(self.policy.loss)
+
+    def setup(self, stage: str) -> None:
+        """Fit the normaliser to the training split, unless the weights already hold one."""
+        if not self.policy.normaliser.is_fitted:
+            self.policy.fit_normaliser(self.trainer.datamodule.statistics)  # type: ignore[attr-defined]
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment training pictures, as a function of seed and step alone."""
+        if not (self.trainer.training and self.augmentation.is_active):
+            return batch
+        seed = hash((self.hparams["augmentation_seed"], self.global_step, self.global_rank))
+        generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+        return self.augmentation(batch, generator)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch; L1 in data units is accumulated for the epoch."""
+        loss: ACTLoss = self._compute_loss(batch, self.kl_weight)
+        self.train_reconstruction.update(loss.prediction, batch.actions, batch.action_is_pad)
+        self.log("train/loss", loss.total, prog_bar=True)
+        self.log_dict({"train/l1": loss.l1, "train/kl_nats": loss.kl})
+        return loss.total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm before clipping, and the learning rate."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.global_step + 1) % every == 0:
+            self.log("train/grad_norm", gradient_norm(self.policy.parameters()))
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def on_validation_epoch_start(self) -> None:
+        """Report the training error accumulated since the last validation, then start afresh."""
+        if self.trainer.state.fn == "fit" and self.train_reconstruction.update_called:
+            self._log_chunk_l1("train/reconstruction_l1", self.train_reconstruction)
+            self.train_reconstruction.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the loss as in training, and the error of what the policy would do (z = 0)."""
+        loss = self.policy.loss(batch, self.kl_weight)
+        predicted = self.policy.predict_chunk(batch.observation)
+        self.val_reconstruction.update(loss.prediction, batch.actions, batch.action_is_pad)
+        self.val_prediction.update(predicted, batch.actions, batch.action_is_pad)
+        values = {"val/loss": loss.total, "val/l1": loss.l1, "val/kl_nats": loss.kl}
+        first = batch.actions[:, 0]
+        mean_action = self.trainer.datamodule.statistics.action.mean  # type: ignore[attr-defined]
+        mean_error = (first - mean_action.to(first)).abs().mean()
+        values[f"baseline/mean_action_l1_{self.unit}"] = mean_error
+        state = batch.observation.state
+        if state is not None and state.shape == first.shape:
+            hold_error = (first - state).abs().mean()
+            values[f"baseline/hold_position_l1_{self.unit}"] = hold_error
+        self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=len(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log errors in data units, per chunk step."""
+        self._log_chunk_l1("val/reconstruction_l1", self.val_reconstruction)
+        per_step = self._log_chunk_l1("val/l1", self.val_prediction)
+        self.log(f"val/first_action_l1_{self.unit}", per_step[0].float(), prog_bar=True)
+        self.val_reconstruction.reset()
+        self.val_prediction.reset()
+
+    def _log_chunk_l1(self, name: str, metric: ChunkL1) -> Tensor:
+        per_step, mean = metric.compute()
+        shown = {
+            f"{name}_{self.unit}/k{step:02d}": per_step[step].float()
+            for step in shown_chunk_steps(self.policy.chunk_size)
+            if torch.isfinite(per_step[step])
+        }
+        self.log_dict({f"{name}_{self.unit}": mean.float(), **shown})
+        return per_step
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_end()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Predict chunks in data units, (batch, chunk, action)."""
+        return self.policy.predict_chunk(batch.observation)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with a group of its own for the image encoder, and a schedule per step."""
+        hparams = self.hparams
+        named = list(self.policy.named_parameters())
+        backbone = [p for name, p in named if name.startswith("network.backbone.")]
+        rest = [p for name, p in named if not name.startswith("network.backbone.")]
+        lr_backbone = hparams["lr"] if hparams["lr_backbone"] is None else hparams["lr_backbone"]
+        groups = [ParameterGroup("policy", rest, hparams["lr"])]
+        if backbone:
+            groups.append(ParameterGroup("backbone", backbone, lr_backbone))
+        optimizer = build_adamw(groups, hparams["weight_decay"], tuple(hparams["betas"]))
+        decay_steps = hparams["decay_steps"] or self.trainer.max_steps
+        schedule = build_schedule(
+            optimizer, hparams["lr_schedule"], hparams["warmup_steps"], decay_steps
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what the policy was made for, so that the file is usable alone."""
+        checkpoint[SCHEMA_KEY] = self.policy.data_schema.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was made for other data.
+
+        Raises:
+            ValueError: If cameras or dimensions differ from the data set's; all are named.
+        """
+        made_for = DataSchema.from_dict(checkpoint[SCHEMA_KEY])
+        datamodule = getattr(self._trainer, "datamodule", None)
+        if datamodule is None:
+            return
+        differences = made_for.differences(datamodule.data_schema)
+        if differences:
+            raise ValueError(
+                "the checkpoint was made for other data (checkpoint != data set): "
+                + "; ".join(differences)
+                + ". Use the data set it was trained on, or train anew without --ckpt_path."
+            )

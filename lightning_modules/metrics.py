@@ -1,0 +1,46 @@
+"""Metrics in the data's own units, accumulated over whole epochs and all processes."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class ChunkL1(Metric):
+    """Mean absolute action error per chunk step, padding excluded, averaged over dimensions."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, chunk_size: int):
+        super().__init__()
+        zeros = torch.zeros(chunk_size, dtype=torch.float64)
+        self.add_state("total", zeros.clone(), dist_reduce_fx="sum")
+        self.add_state("count", zeros.clone(), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        predicted: Float[Tensor, "batch chunk action"],
+        actions: Float[Tensor, "batch chunk action"],
+        action_is_pad: Bool[Tensor, "batch chunk"],
+    ) -> None:
+        """Add a batch, in data units."""
+        valid = ~action_is_pad
+        error = (predicted - actions).abs().mean(-1)
+        self.total += torch.where(valid, error, 0).sum(0, dtype=torch.float64)
+        self.count += valid.sum(0)
+
+    def compute(self) -> tuple[Float[Tensor, " chunk"], Float[Tensor, ""]]:
+        """Mean error of each chunk step (NaN where none was valid), and over all valid steps."""
+        return self.total / self.count, self.total.sum() / self.count.sum()
+
+
+def shown_chunk_steps(chunk_size: int) -> list[int]:
+    """Chunk steps worth a curve of their own: 0, powers of two, and the last."""
+    steps = {0, chunk_size - 1}
+    step = 1
+    while step < chunk_size:
+        steps.add(step)
+        step *= 2
+    return sorted(steps)

@@ -1,0 +1,74 @@
+"""Optimiser and learning-rate schedule, shared by all modules."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Schedule = Literal["constant", "cosine"]
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate."""
+
+    name: str
+    parameters: Iterable[nn.Parameter]
+    lr: float
+
+
+def build_adamw(
+    groups: list[ParameterGroup], weight_decay: float, betas: tuple[float, float]
+) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019) in its fused implementation, one group per learning rate."""
+    return AdamW(
+        [
+            {"params": list(group.parameters), "lr": group.lr, "name": group.name}
+            for group in groups
+        ],
+        weight_decay=weight_decay,
+        betas=betas,
+        fused=True,
+    )
+
+
+def build_schedule(
+    optimizer: Optimizer, schedule: Schedule, warmup_steps: int, decay_steps: int
+) -> LambdaLR:
+    """Linear warm-up from near zero, then a constant rate or a cosine to zero.
+
+    Args:
+        optimizer: Whose learning rates are scaled.
+        schedule: What follows the warm-up.
+        warmup_steps: Optimiser steps of warm-up.
+        decay_steps: Optimiser step at which the cosine reaches zero.
+
+    Raises:
+        ValueError: If the cosine has no end after the warm-up.
+    """
+    if schedule == "cosine" and decay_steps <= warmup_steps:
+        raise ValueError(
+            f"a cosine schedule needs an end: it would stop at step {decay_steps}, with "
+            f"warmup_steps={warmup_steps}; set trainer.max_steps or decay_steps"
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if schedule == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup_steps) / (decay_steps - warmup_steps))
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """L2 norm over all gradients."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return nn.utils.get_total_norm(gradients)
