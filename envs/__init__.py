@@ -1,0 +1,1 @@
+"""Simulated tasks: the environments, who solves them by hand-written rules, and rollouts."""

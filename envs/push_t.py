@@ -1,0 +1,296 @@
+"""PushT: an agent disc pushes a T-shaped block onto its goal outline (gym-pusht 0.1.8).
+
+The physics, the rendering and the score are gym-pusht's own; this file adds an exact state reset,
+a faster pixel-identical rendering, and no rendering unless somebody looks.
+
+Frames: the *board* is 512 x 512 px with the origin at the upper left and y downwards; the *block
+frame* has its origin in the middle of the top edge of the T's bar, the stem along +y.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from envs.task import EnvironmentObservation, Task, Transition
+
+if TYPE_CHECKING:
+    from policies.interface import DataSchema
+
+BOARD_PX = 512
+AGENT_RADIUS_PX = 15.0
+GOAL_POSE = (256.0, 256.0, np.pi / 4)
+"""x px, y px, angle rad of the block frame on the goal."""
+CENTRE_OF_GRAVITY_PX = (0.0, 45.0)
+"""In the block frame."""
+T_BOXES_PX = ((-60.0, 0.0, 60.0, 30.0), (-15.0, 30.0, 15.0, 120.0))
+"""Bar and stem as (x_min, y_min, x_max, y_max) in the block frame."""
+T_OUTLINE_PX = (
+    (-60.0, 0.0),
+    (60.0, 0.0),
+    (60.0, 30.0),
+    (15.0, 30.0),
+    (15.0, 120.0),
+    (-15.0, 120.0),
+    (-15.0, 30.0),
+    (-60.0, 30.0),
+)
+"""Corners of the T in the block frame, in order around it."""
+WALLS_PX = (5.0, 506.0)
+"""Centre lines of the walls, the same on both axes."""
+WALL_RADIUS_PX = 2.0
+SUBSTEP_S = 0.01
+SUBSTEPS = 10
+"""Physics steps in a control step."""
+PROPORTIONAL_GAIN = 100.0
+"""Of the agent's controller, in 1/s^2."""
+DERIVATIVE_GAIN = 20.0
+"""Of the agent's controller, in 1/s: critically damped."""
+
+
+@cache
+def _gym_pusht() -> ModuleType:
+    """Import gym-pusht on first use: it brings pygame, pymunk and shapely."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+        from gym_pusht.envs import pusht
+    return pusht
+
+
+def agent_path(
+    position: Float[np.ndarray, " 2"],
+    velocity: Float[np.ndarray, " 2"],
+    targets: Float[np.ndarray, "step 2"],
+) -> tuple[Float[np.ndarray, "substep 2"], Float[np.ndarray, " 2"]]:
+    """Foresee the agent, which is kinematic: nothing it touches can deflect it.
+
+    Args:
+        position: Of the agent, in px.
+        velocity: Of the agent, in px/s.
+        targets: Actions of the coming control steps, in px.
+
+    Returns:
+        Positions after each physics step, and the velocity after the last.
+    """
+    positions = np.empty((len(targets) * SUBSTEPS, 2))
+    row = 0
+    x, y = float(position[0]), float(position[1])
+    u, v = float(velocity[0]), float(velocity[1])
+    for target_x, target_y in targets.tolist():
+        for _ in range(SUBSTEPS):
+            u += (PROPORTIONAL_GAIN * (target_x - x) - DERIVATIVE_GAIN * u) * SUBSTEP_S
+            v += (PROPORTIONAL_GAIN * (target_y - y) - DERIVATIVE_GAIN * v) * SUBSTEP_S
+            x += u * SUBSTEP_S
+            y += v * SUBSTEP_S
+            positions[row] = x, y
+            row += 1
+    return positions, np.array([u, v])
+
+
+class PushT:
+    """One PushT board.
+
+    Args:
+        image_size: Height and width of the observed picture, in px.
+
+    Raises:
+        ValueError: When ``image_size`` is not positive.
+    """
+
+    def __init__(self, image_size: int = 96) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size: {image_size} px; give at least 1")
+        self.image_size = image_size
+        self._env = _gym_pusht().PushTEnv(obs_type="state")
+        self._env.reset(seed=0)
+
+    def reset(self, seed: int) -> None:
+        """Draw the start that gym-pusht draws for ``seed``."""
+        self._env.reset(seed=seed)
+
+    def reset_to(self, state: Float[np.ndarray, " 5"]) -> None:
+        """Put agent and block exactly where ``state`` says, both at rest.
+
+        gym-pusht's own ``reset_to_state`` sets the position before the angle, and the angle turns
+        the block about its centre of gravity: the block lands up to 90 px off.
+
+        Args:
+            state: Agent x, y, block x, y in px, block angle in rad.
+
+        Raises:
+            ValueError: When ``state`` is not five finite numbers.
+        """
+        values = np.asarray(state, dtype=np.float64)
+        if values.shape != (5,) or not np.isfinite(values).all():
+            raise ValueError(f"state: {state!r}; give agent x, y, block x, y, angle")
+        agent_x, agent_y, block_x, block_y, angle = values.tolist()
+        env = self._env
+        env._setup()
+        env._last_action = None
+        env.agent.position = agent_x, agent_y
+        env.block.angle = angle
+        env.block.position = block_x, block_y
+        # At rest a physics step moves nothing, but finds the contacts: the next step resolves
+        # overlaps as it would have, and the renderer draws contacts and cached vertices.
+        env.space.step(env.dt)
+
+    def state(self) -> Float[np.ndarray, " 5"]:
+        """Agent x, y, block x, y in px, and the block's angle in 0..2 pi."""
+        return self._env.get_obs()
+
+    def agent_velocity(self) -> Float[np.ndarray, " 2"]:
+        """In px/s."""
+        return np.array(self._env.agent.velocity)
+
+    def coverage(self) -> float:
+        """Share of the goal that the block covers, 0..1."""
+        return float(self._env._get_coverage())
+
+    def image(self, size_px: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
+        """Draw the board as gym-pusht does, to the pixel, in a third of the time.
+
+        Args:
+            size_px: Height and width; the observed size when None.
+        """
+        import cv2
+
+        size = size_px or self.image_size
+        pixels = np.frombuffer(self._env._draw().get_buffer(), np.uint8)
+        bgrx = pixels.reshape(BOARD_PX, BOARD_PX, 4)
+        return np.ascontiguousarray(cv2.resize(bgrx, (size, size))[:, :, 2::-1])
+
+    def observe(self) -> EnvironmentObservation:
+        """Render the board and read the poses; camera ``image``, state = agent position in px."""
+        state = self.state()
+        keypoints = self._env.get_keypoints(self._env._block_shapes)
+        return {
+            "images": {"image": self.image()},
+            "state": state[:2].astype(np.float32),
+            "environment_state": keypoints.reshape(-1).astype(np.float32),
+            "simulator_state": state,
+        }
+
+    def step(self, action: Float[np.ndarray, " 2"]) -> Transition:
+        """Move the agent's target to ``action`` for 0.1 s.
+
+        Args:
+            action: Target position in px, within the board.
+
+        Raises:
+            ValueError: When the target is not two finite numbers on the board.
+        """
+        x, y = (float(value) for value in action)
+        if not (0.0 <= x <= BOARD_PX and 0.0 <= y <= BOARD_PX):
+            raise ValueError(
+                f"action: ({x}, {y}) px is off the board of 0..{BOARD_PX}; clip it with the task"
+            )
+        # Vec2d instead of an array: the same arithmetic without numpy's overhead per scalar.
+        _, reward, terminated, _, info = self._env.step(_gym_pusht().Vec2d(x, y))
+        return Transition(float(info["coverage"]), float(reward), bool(terminated))
+
+    def frame(
+        self, size_px: int, target: Float[np.ndarray, " 2"] | None = None
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        """Draw the board for a viewer, with a red cross on the target in execution."""
+        import cv2
+
+        picture = self.image(size_px)
+        if target is not None:
+            scale = size_px / BOARD_PX
+            centre = (round(float(target[0]) * scale), round(float(target[1]) * scale))
+            cv2.drawMarker(
+                picture,
+                centre,
+                (255, 0, 0),
+                cv2.MARKER_CROSS,
+                size_px // 16,
+                max(size_px // 128, 1),
+            )
+        return picture
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self._env.close()
+
+
+@dataclass(frozen=True)
+class PushTTask(Task):
+    """PushT as Diffusion Policy scores it.
+
+    Args:
+        image_size: Height and width of the observed picture, in px.
+        max_steps: Control steps after which an episode ends unsolved.
+        success_thresholds: Coverages at which success is reported, ascending; gym-pusht ends an
+            episode above 0.95.
+    """
+
+    image_size: int = 96
+    max_steps: int = 300
+    success_thresholds: tuple[float, ...] = (0.85, 0.90, 0.95)
+
+    def __post_init__(self) -> None:
+        # Configuration files give lists.
+        object.__setattr__(self, "success_thresholds", tuple(self.success_thresholds))
+        if self.image_size < 1 or self.max_steps < 1:
+            raise ValueError(
+                f"image_size {self.image_size} px and max_steps {self.max_steps}; give at least 1"
+            )
+        ascending = list(self.success_thresholds) == sorted(set(self.success_thresholds))
+        if (
+            not self.success_thresholds
+            or not ascending
+            or not all(0 <= threshold < 1 for threshold in self.success_thresholds)
+        ):
+            raise ValueError(
+                f"success_thresholds: {self.success_thresholds}; give ascending coverages in 0..1"
+            )
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and files."""
+        return "push_t"
+
+    @property
+    def fps(self) -> float:
+        """Control frequency in Hz."""
+        return 10.0
+
+    @property
+    def score_name(self) -> str:
+        """Share of the goal that the block covers."""
+        return "coverage"
+
+    @property
+    def reward_name(self) -> str:
+        """Coverage / 0.95, at most 1: gym-pusht's reward, the literature's overlap."""
+        return "overlap"
+
+    def is_success(self, score: float, threshold: float) -> bool:
+        """Strictly above, as in gym-pusht."""
+        return score > threshold
+
+    def clip_actions(self, actions: Float[np.ndarray, "*batch 2"]) -> Float[np.ndarray, "*batch 2"]:
+        """Bring targets onto the board; gym-pusht itself would follow them beyond the walls."""
+        return np.clip(actions, 0.0, float(BOARD_PX))
+
+    def data_schema(self) -> "DataSchema":
+        """Columns that demonstrations of this task have."""
+        from policies.interface import DataSchema
+
+        return DataSchema(
+            cameras={"image": (self.image_size, self.image_size)},
+            state_dim=2,
+            action_dim=2,
+            fps=self.fps,
+        )
+
+    def make(self) -> PushT:
+        """Build one board."""
+        return PushT(self.image_size)

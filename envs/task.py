@@ -1,0 +1,118 @@
+"""What a rollout needs to know of a task: a new task is one file, and no change elsewhere."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+if TYPE_CHECKING:
+    from policies.interface import DataSchema
+
+
+class EnvironmentObservation(TypedDict):
+    """What one environment shows at one instant, before it becomes a batch of tensors."""
+
+    images: Mapping[str, UInt8[np.ndarray, "height width 3"]]
+    """Camera name to RGB picture."""
+    state: Float[np.ndarray, " state"]
+    """Proprioception (qpos), in the units of the data."""
+    environment_state: Float[np.ndarray, " environment"]
+    """Privileged features, for policies that ask for them."""
+    simulator_state: Float[np.ndarray, " simulator"]
+    """What resets the simulator to this instant."""
+
+
+class Transition(NamedTuple):
+    """Outcome of one control step."""
+
+    score: float
+    """How far the task is solved, in the task's own measure (PushT: coverage)."""
+    reward: float
+    """The reward that the benchmark itself reports."""
+    terminated: bool
+    """True when the benchmark ends the episode here."""
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One simulated episode at a time."""
+
+    def reset(self, seed: int) -> None:
+        """Start the episode that belongs to ``seed``."""
+        ...
+
+    def reset_to(self, state: Float[np.ndarray, " simulator"]) -> None:
+        """Put the simulator exactly into a state that :meth:`state` gave, at rest."""
+        ...
+
+    def state(self) -> Float[np.ndarray, " simulator"]:
+        """Read the simulator's state, without rendering."""
+        ...
+
+    def observe(self) -> EnvironmentObservation:
+        """Look at the scene: this renders, so it is only called when somebody looks."""
+        ...
+
+    def step(self, action: Float[np.ndarray, " action"]) -> Transition:
+        """Advance one control step; the action must lie within the task's bounds."""
+        ...
+
+    def frame(
+        self, size_px: int, target: Float[np.ndarray, " action"] | None = None
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        """Draw the scene for a viewer, with the action in execution where it can be drawn."""
+        ...
+
+    def close(self) -> None:
+        """Free the simulator."""
+        ...
+
+
+class Task(ABC):
+    """A benchmark: how to make its environment, and how it is scored."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short name for tables and files."""
+
+    @property
+    @abstractmethod
+    def fps(self) -> float:
+        """Control frequency in Hz."""
+
+    max_steps: int
+    """Control steps after which an episode ends unsolved."""
+
+    @property
+    @abstractmethod
+    def score_name(self) -> str:
+        """What :attr:`Transition.score` measures, e.g. ``coverage``."""
+
+    @property
+    @abstractmethod
+    def reward_name(self) -> str:
+        """What :attr:`Transition.reward` measures, e.g. ``overlap``."""
+
+    success_thresholds: tuple[float, ...]
+    """Scores at which success is reported, ascending; the last is the benchmark's own."""
+
+    @abstractmethod
+    def is_success(self, score: float, threshold: float) -> bool:
+        """Whether an episode with this best score counts as solved at ``threshold``."""
+
+    @abstractmethod
+    def clip_actions(
+        self, actions: Float[np.ndarray, "*batch action"]
+    ) -> Float[np.ndarray, "*batch action"]:
+        """Bring actions into the bounds that the environment accepts."""
+
+    @abstractmethod
+    def data_schema(self) -> "DataSchema":
+        """Columns that demonstrations of this task have."""
+
+    @abstractmethod
+    def make(self) -> Environment:
+        """Build one environment."""
