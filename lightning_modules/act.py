@@ -80,15 +80,12 @@ class ActModule(LightningModule):
         """The policy as rollouts and diagnostics see it."""
         return self.policy
 
-    def configure_model(self) -> None:
-        """Compile the loss once, if asked to; Lightning may call this twice."""
-        if self.hparams["compile"] and self._compute_loss == self.policy.loss:
-            self._compute_loss = torch.compile(self.policy.loss)
-
     def setup(self, stage: str) -> None:
-        """Fit the normaliser to the training split, unless the weights already hold one."""
+        """Fit the normaliser, unless the weights already hold one; compile the loss if asked to."""
         if not self.policy.normaliser.is_fitted:
             self.policy.fit_normaliser(self.trainer.datamodule.statistics)  # type: ignore[attr-defined]
+        if self.hparams["compile"] and stage == "fit":
+            self._compute_loss = torch.compile(self.policy.loss)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment training pictures, as a function of seed and step alone."""

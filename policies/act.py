@@ -570,6 +570,35 @@ class ACTPolicy(nn.Module):
             raise ValueError(
                 f"relative_actions needs state_dim={state_dim} to equal action_dim={action_dim}"
             )
+        self.hyper_parameters = {
+            "cameras": {name: [int(hw[0]), int(hw[1])] for name, hw in cameras.items()},
+            "state_dim": state_dim,
+            "action_dim": action_dim,
+            "environment_state_dim": environment_state_dim,
+            "chunk_size": chunk_size,
+            "n_action_steps": self.n_action_steps,
+            "relative_actions": relative_actions,
+            "use_latent": use_latent,
+            "latent_dim": latent_dim,
+            "dim_model": dim_model,
+            "n_heads": n_heads,
+            "dim_feedforward": dim_feedforward,
+            "n_encoder_layers": n_encoder_layers,
+            "n_decoder_layers": n_decoder_layers,
+            "n_posterior_layers": n_posterior_layers,
+            "dropout": dropout,
+            "feedforward_activation": feedforward_activation,
+            "pre_norm": pre_norm,
+            "backbone": backbone,
+            "backbone_norm": backbone_norm,
+            "backbone_weights": backbone_weights,
+            "backbone_width": backbone_width,
+            "token_stride": token_stride,
+            "state_normalisation": state_normalisation,
+            "action_normalisation": action_normalisation,
+            "image_normalisation": image_normalisation,
+        }
+        """Everything the constructor was given, as plain values."""
         self.chunk_size = chunk_size
         self.n_obs_steps = 1
         self.relative_actions = relative_actions

@@ -1,11 +1,35 @@
-"""LeRobot's formats: parameter names of its ACT, one to one with ours."""
+"""LeRobot's ACT folders, read into our ACT and written from it, without importing LeRobot.
 
+A folder holds ``config.json``, ``model.safetensors`` and two processor pipelines whose statistics
+lie in safetensors of their own. Before LeRobot 0.4 the statistics were buffers among the weights;
+both layouts are read, the newer one is written.
+"""
+
+import json
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from policies.act import ACT
+from policies.act import ACT, ACTPolicy
+from policies.normalisation import AffineFeature
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PREPROCESSOR_FILE = "policy_preprocessor.json"
+POSTPROCESSOR_FILE = "policy_postprocessor.json"
+LEROBOT_EPS = 1e-8
+"""What LeRobot's normaliser adds to a standard deviation before dividing by it."""
+
+Statistics = dict[str, dict[str, Tensor]]
+"""LeRobot's feature key to statistic name to values."""
 
 _RENAMES: tuple[tuple[str, str], ...] = (
     (r"network\.backbone\.(?P<rest>.+)", r"model.backbone.\g<rest>"),
@@ -93,3 +117,481 @@ def load_lerobot_weights(network: ACT, weights: Mapping[str, Tensor]) -> None:
         raise ValueError("the weights do not fit this ACT: " + "; ".join(problems))
     loaded = {expected[name]: value for name, value in given.items()}
     network.load_state_dict(loaded, strict=posterior_given or network.posterior is None)
+
+
+class LeRobotFormatError(ValueError):
+    """A LeRobot folder that cannot be read, or a policy that LeRobot cannot represent."""
+
+    def __init__(self, path: Path | str, problem: str, mend: str):
+        super().__init__(f"{path}: {problem}. {mend}")
+
+
+@dataclass(frozen=True)
+class LeRobotACT:
+    """A LeRobot ACT folder, read."""
+
+    policy: ACTPolicy
+    temporal_ensemble_coefficient: float | None
+    """The coefficient the policy was configured to act with; None for the action queue."""
+    config: dict[str, Any]
+    """``config.json`` as it stands in the folder."""
+
+
+def camera_name(key: str) -> str:
+    """Our name of a LeRobot image feature: ``observation.images.top`` is ``top``."""
+    short = key.removeprefix("observation.")
+    named = short.removeprefix("images.")
+    return short if named == "image" else named
+
+
+def image_key(camera: str) -> str:
+    """LeRobot's feature key of a camera, the inverse of :func:`camera_name`."""
+    return (
+        f"observation.{camera}"
+        if camera in ("image", "images.image")
+        else (f"observation.images.{camera}")
+    )
+
+
+def load_lerobot_act(
+    folder: Path, statistics: Statistics | None = None, device: str | torch.device = "cpu"
+) -> LeRobotACT:
+    """Read a LeRobot ACT folder into our ACT, in eval mode.
+
+    Args:
+        folder: The folder with ``config.json``.
+        statistics: Used only if the folder brings none, as LeRobot feature key to ``mean``, ``std``
+            and so on.
+        device: Where the policy goes.
+
+    Raises:
+        LeRobotFormatError: If a file is missing or damaged, the policy is no ACT, or a feature that
+            must be scaled has no statistics; it names the file and the mend.
+    """
+    config = read_config(folder)
+    if config.get("type", "act") != "act":
+        raise LeRobotFormatError(
+            folder / CONFIG_FILE,
+            f"type is {config['type']!r}, not 'act'",
+            "Load it as one of LeRobot's own policies",
+        )
+    inputs, action_dim = _features(config, folder)
+    cameras = {
+        camera_name(key): [int(shape[1]), int(shape[2])]
+        for key, (kind, shape) in inputs.items()
+        if kind == "VISUAL"
+    }
+    dims = {key: int(shape[0]) for key, (kind, shape) in inputs.items() if kind != "VISUAL"}
+    if config.get("replace_final_stride_with_dilation"):
+        raise LeRobotFormatError(
+            folder / CONFIG_FILE,
+            "replace_final_stride_with_dilation is true, which ResNet-18 does not support",
+            "Export the policy without it",
+        )
+    weights = read_safetensors(folder / WEIGHTS_FILE)
+    legacy = {name: value for name, value in weights.items() if name.startswith(_LEGACY_PREFIXES)}
+    preprocessor = read_processor(folder / PREPROCESSOR_FILE)
+    relative = _relative_actions(preprocessor)
+    try:
+        policy = ACTPolicy(
+            cameras=cameras,
+            state_dim=dims.get("observation.state", 0),
+            action_dim=action_dim,
+            environment_state_dim=dims.get("observation.environment_state", 0),
+            chunk_size=config["chunk_size"],
+            n_action_steps=config["n_action_steps"],
+            relative_actions=relative,
+            use_latent=config.get("use_vae", True),
+            latent_dim=config.get("latent_dim", 32),
+            dim_model=config.get("dim_model", 512),
+            n_heads=config.get("n_heads", 8),
+            dim_feedforward=config.get("dim_feedforward", 3200),
+            n_encoder_layers=config.get("n_encoder_layers", 4),
+            n_decoder_layers=config.get("n_decoder_layers", 1),
+            n_posterior_layers=config.get("n_vae_encoder_layers", 4),
+            dropout=config.get("dropout", 0.1),
+            feedforward_activation=config.get("feedforward_activation", "relu"),
+            pre_norm=config.get("pre_norm", False),
+            backbone=config.get("vision_backbone", "resnet18"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise LeRobotFormatError(
+            folder / CONFIG_FILE, f"cannot build an ACT from it ({error!r})", "Check the config"
+        ) from error
+    try:
+        load_lerobot_weights(
+            policy.network, {name: value for name, value in weights.items() if name not in legacy}
+        )
+    except ValueError as error:
+        raise LeRobotFormatError(
+            folder / WEIGHTS_FILE, str(error), "The weights must belong to this config.json"
+        ) from error
+    found = _legacy_statistics(legacy) or _processor_statistics(folder, preprocessor)
+    _set_normaliser(policy, found or statistics or {}, _normalisation_modes(config), folder)
+    return LeRobotACT(
+        policy=policy.to(device).eval(),
+        temporal_ensemble_coefficient=config.get("temporal_ensemble_coeff"),
+        config=config,
+    )
+
+
+def export_lerobot_act(
+    policy: ACTPolicy,
+    folder: Path,
+    temporal_ensemble_coefficient: float | None = None,
+    kl_weight: float = 10.0,
+) -> None:
+    """Write a folder that LeRobot's ``ACTPolicy.from_pretrained`` and ``lerobot-eval`` run.
+
+    Args:
+        policy: What to export.
+        folder: Where to; must not exist or be empty.
+        temporal_ensemble_coefficient: Configure LeRobot to ensemble; None for its action queue.
+        kl_weight: Recorded in the config, for training on in LeRobot.
+
+    Raises:
+        LeRobotFormatError: If LeRobot's ACT cannot represent the policy, naming each reason.
+        FileExistsError: If the folder holds something.
+    """
+    problems = export_problems(policy, temporal_ensemble_coefficient)
+    if problems:
+        raise LeRobotFormatError(
+            folder,
+            "LeRobot's ACT cannot represent this policy: " + "; ".join(problems),
+            "Train with a config that LeRobot knows, e.g. configs/experiment/act_pusht.yaml",
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    network, schema = policy.network, policy.data_schema
+    layer = network.encoder.layers[0]
+    features: dict[str, dict[str, Any]] = {
+        image_key(camera): {"type": "VISUAL", "shape": [3, *size]}
+        for camera, size in schema.cameras.items()
+    }
+    if schema.state_dim:
+        features["observation.state"] = {"type": "STATE", "shape": [schema.state_dim]}
+    if schema.environment_state_dim:
+        features["observation.environment_state"] = {
+            "type": "ENV",
+            "shape": [schema.environment_state_dim],
+        }
+    action = {"action": {"type": "ACTION", "shape": [schema.action_dim]}}
+    ensembles = temporal_ensemble_coefficient is not None
+    config = {
+        "type": "act",
+        "n_obs_steps": 1,
+        "input_features": features,
+        "output_features": action,
+        "device": "cpu",
+        "push_to_hub": False,
+        "chunk_size": policy.chunk_size,
+        "n_action_steps": 1 if ensembles else policy.n_action_steps,
+        "normalization_mapping": {kind: "MEAN_STD" for kind in _KINDS},
+        "vision_backbone": policy.hyper_parameters["backbone"],
+        "pretrained_backbone_weights": None,
+        "replace_final_stride_with_dilation": False,
+        "pre_norm": layer.pre_norm,
+        "dim_model": policy.hyper_parameters["dim_model"],
+        "n_heads": policy.hyper_parameters["n_heads"],
+        "dim_feedforward": policy.hyper_parameters["dim_feedforward"],
+        "feedforward_activation": policy.hyper_parameters["feedforward_activation"],
+        "n_encoder_layers": len(network.encoder.layers),
+        "n_decoder_layers": len(network.decoder.layers),
+        "use_vae": network.posterior is not None,
+        "latent_dim": network.latent_dim,
+        "n_vae_encoder_layers": policy.hyper_parameters["n_posterior_layers"],
+        "temporal_ensemble_coeff": temporal_ensemble_coefficient,
+        "dropout": policy.hyper_parameters["dropout"],
+        "kl_weight": kl_weight,
+    }
+    _write_json(folder / CONFIG_FILE, config)
+    weights = {
+        name: value.detach().cpu().float().contiguous()
+        for name, value in network_to_lerobot(network).items()
+    }
+    _write_safetensors(folder / WEIGHTS_FILE, weights)
+    _write_processors(policy, folder, features, action)
+
+
+def export_problems(
+    policy: ACTPolicy, temporal_ensemble_coefficient: float | None = None
+) -> list[str]:
+    """Name everything about a policy that LeRobot's ACT has no place for; empty if it fits."""
+    chosen = policy.hyper_parameters
+    problems = []
+    if not policy.normaliser.is_fitted:
+        problems.append("it has no statistics yet")
+    if policy.data_schema.cameras:
+        if chosen["backbone"] == "small_cnn":
+            problems.append("backbone small_cnn (LeRobot has ResNets)")
+        else:
+            if chosen["backbone_norm"] != "frozen_batch":
+                problems.append(f"backbone_norm {chosen['backbone_norm']} (LeRobot: frozen_batch)")
+            if chosen["token_stride"] != 32:
+                problems.append(f"token_stride {chosen['token_stride']} (LeRobot: 32)")
+    queue = temporal_ensemble_coefficient is None and policy.n_action_steps > 1
+    if policy.relative_actions and queue:
+        problems.append(
+            f"relative_actions with a queue of n_action_steps={policy.n_action_steps} (LeRobot "
+            "adds the newest state, not the chunk's, to queued actions: set n_action_steps to 1)"
+        )
+    if policy.relative_actions and temporal_ensemble_coefficient is not None:
+        problems.append(
+            "relative_actions with temporal ensembling (LeRobot averages before adding the state)"
+        )
+    return problems
+
+
+_KINDS = ("VISUAL", "STATE", "ENV", "ACTION")
+_LEGACY_PREFIXES = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a LeRobot policy folder.
+
+    Raises:
+        LeRobotFormatError: If it is missing or no JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise LeRobotFormatError(
+            path,
+            "no such file",
+            "Give the folder that holds config.json and model.safetensors (.../pretrained_model)",
+        )
+    return _read_json(path)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, with one clear error for a missing or damaged one.
+
+    Raises:
+        LeRobotFormatError: If the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise LeRobotFormatError(path, "no such file", "Copy the whole policy folder again")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LeRobotFormatError(
+            path, f"damaged safetensors file ({error})", "Copy or download it again"
+        ) from error
+
+
+def read_processor(path: Path) -> dict[str, Any] | None:
+    """Read a processor pipeline's JSON; None where the folder has none (before LeRobot 0.4)."""
+    return _read_json(path) if path.is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LeRobotFormatError(
+            path, f"no valid JSON ({error})", "Copy or download it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise LeRobotFormatError(path, "no JSON object", "Copy or download it again")
+    return value
+
+
+def _features(config: dict[str, Any], folder: Path) -> tuple[dict[str, tuple[str, list[int]]], int]:
+    """Input feature key to (kind, shape), and the action's dimensions; newer and older configs."""
+    kinds = {"observation.state": "STATE", "observation.environment_state": "ENV"}
+    try:
+        if "input_features" in config:
+            inputs = {
+                key: (value["type"], value["shape"])
+                for key, value in config["input_features"].items()
+            }
+            outputs = {key: value["shape"] for key, value in config["output_features"].items()}
+        else:
+            inputs = {
+                key: (kinds.get(key, "VISUAL"), shape)
+                for key, shape in config["input_shapes"].items()
+            }
+            outputs = config["output_shapes"]
+        return inputs, int(outputs["action"][0])
+    except (KeyError, TypeError, IndexError) as error:
+        raise LeRobotFormatError(
+            folder / CONFIG_FILE,
+            f"input_features or output_features are missing or malformed ({error!r})",
+            "Check the config",
+        ) from error
+
+
+def _normalisation_modes(config: dict[str, Any]) -> dict[str, str]:
+    mapping = config.get("normalization_mapping")
+    if mapping is None:  # before LeRobot 0.2: one mode per feature
+        modes = {
+            **config.get("input_normalization_modes", {}),
+            **config.get("output_normalization_modes", {}),
+        }
+        kinds = {"observation.state": "STATE", "observation.environment_state": "ENV"}
+        mapping = {
+            "ACTION" if key == "action" else kinds.get(key, "VISUAL"): mode.upper()
+            for key, mode in modes.items()
+        }
+    return {kind: mapping.get(kind, "IDENTITY") for kind in _KINDS}
+
+
+def _relative_actions(preprocessor: dict[str, Any] | None) -> bool:
+    steps = [] if preprocessor is None else preprocessor.get("steps", [])
+    for step in steps:
+        if step.get("registry_name") == "relative_actions_processor":
+            return bool(step.get("config", {}).get("enabled", False))
+    return False
+
+
+def _legacy_statistics(weights: Mapping[str, Tensor]) -> Statistics:
+    """``normalize_inputs.buffer_observation_state.mean`` and its like, by feature key."""
+    statistics: Statistics = {}
+    for name, value in weights.items():
+        match = re.fullmatch(r"(?:\w+)\.buffer_(?P<feature>\w+)\.(?P<statistic>\w+)", name)
+        if match:
+            statistics.setdefault(match["feature"], {})[match["statistic"]] = value
+    return statistics
+
+
+def _processor_statistics(folder: Path, preprocessor: dict[str, Any] | None) -> Statistics:
+    statistics: Statistics = {}
+    postprocessor = read_processor(folder / POSTPROCESSOR_FILE)
+    for pipeline in (preprocessor, postprocessor):
+        for step in [] if pipeline is None else pipeline.get("steps", []):
+            state_file = step.get("state_file")
+            if state_file is None or "normalizer" not in step.get("registry_name", ""):
+                continue
+            path = folder / state_file
+            if path.resolve().parent != folder.resolve():
+                raise LeRobotFormatError(
+                    folder, f"state_file {state_file!r} leaves the folder", "Do not trust it"
+                )
+            for name, value in read_safetensors(path).items():
+                key, _, statistic = name.rpartition(".")
+                statistics.setdefault(_flat(key), {})[statistic] = value
+    return statistics
+
+
+def _flat(key: str) -> str:
+    return key.replace(".", "_")
+
+
+def _affine(mode: str, values: Mapping[str, Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """LeRobot's scaling as (offset, scale); raises KeyError where a statistic is missing."""
+    if mode == "MEAN_STD":
+        return values["mean"].flatten(), values["std"].flatten() + eps
+    low, high = {
+        "MIN_MAX": ("min", "max"),
+        "QUANTILES": ("q01", "q99"),
+        "QUANTILE10": ("q10", "q90"),
+    }[mode]
+    lower, upper = values[low].flatten(), values[high].flatten()
+    span = torch.where(upper == lower, torch.full_like(upper, LEROBOT_EPS), upper - lower)
+    return lower + span / 2, span / 2
+
+
+def _set_normaliser(
+    policy: ACTPolicy, statistics: Statistics, modes: dict[str, str], folder: Path
+) -> None:
+    flat = {_flat(key): value for key, value in statistics.items()}
+    normaliser = policy.normaliser
+    features: list[tuple[str, str, AffineFeature, float]] = [
+        (image_key(camera), "VISUAL", normaliser.image(camera), LEROBOT_EPS)
+        for camera in policy.data_schema.cameras
+    ]
+    if normaliser.state is not None:
+        features.append(("observation.state", "STATE", normaliser.state, LEROBOT_EPS))
+    if normaliser.environment_state is not None:
+        features.append(
+            ("observation.environment_state", "ENV", normaliser.environment_state, LEROBOT_EPS)
+        )
+    features.append(("action", "ACTION", normaliser.action, 0.0))
+    missing = []
+    for key, kind, feature, eps in features:
+        if modes[kind] == "IDENTITY":
+            feature.set(torch.zeros_like(feature.offset), torch.ones_like(feature.scale))
+            continue
+        try:
+            offset, scale = _affine(modes[kind], flat[_flat(key)], eps)
+        except KeyError:
+            missing.append(f"{key} ({modes[kind]})")
+            continue
+        feature.set(offset.float(), scale.float())
+    if missing:
+        raise LeRobotFormatError(
+            folder,
+            f"no statistics for {', '.join(missing)}; LeRobot would pass them through unscaled",
+            "Restore the processor files, or give --stats_from_data to take the data set's",
+        )
+
+
+def _write_processors(
+    policy: ACTPolicy,
+    folder: Path,
+    features: dict[str, dict[str, Any]],
+    action: dict[str, dict[str, Any]],
+) -> None:
+    normaliser = policy.normaliser
+    norm_map = {kind: "MEAN_STD" for kind in _KINDS}
+    statistics: dict[str, Tensor] = {}
+
+    def add(key: str, feature: AffineFeature, shape: tuple[int, ...]) -> None:
+        statistics[f"{key}.mean"] = feature.offset.detach().cpu().float().reshape(shape)
+        statistics[f"{key}.std"] = feature.scale.detach().cpu().float().reshape(shape)
+
+    for camera in policy.data_schema.cameras:
+        add(image_key(camera), normaliser.image(camera), (3, 1, 1))
+    if normaliser.state is not None:
+        add("observation.state", normaliser.state, (-1,))
+    if normaliser.environment_state is not None:
+        add("observation.environment_state", normaliser.environment_state, (-1,))
+    add("action", normaliser.action, (-1,))
+    statistics = {name: value.contiguous() for name, value in statistics.items()}
+
+    normaliser_state = "policy_preprocessor_normalizer.safetensors"
+    unnormaliser_state = "policy_postprocessor_unnormalizer.safetensors"
+    _write_safetensors(folder / normaliser_state, statistics)
+    _write_safetensors(folder / unnormaliser_state, statistics)
+    relative = {
+        "registry_name": "relative_actions_processor",
+        "config": {"enabled": True, "exclude_joints": [], "action_names": None},
+    }
+    absolute = {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}
+    device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
+
+    def scaling(name: str, scaled: dict[str, Any], state_file: str) -> dict[str, Any]:
+        return {
+            "registry_name": name,
+            "config": {"eps": LEROBOT_EPS, "features": scaled, "norm_map": norm_map},
+            "state_file": state_file,
+        }
+
+    preprocessor = [
+        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
+        {"registry_name": "to_batch_processor", "config": {}},
+        device,
+        *([relative] if policy.relative_actions else []),
+        scaling("normalizer_processor", {**features, **action}, normaliser_state),
+    ]
+    postprocessor = [
+        scaling("unnormalizer_processor", action, unnormaliser_state),
+        *([absolute] if policy.relative_actions else []),
+        device,
+    ]
+    _write_json(folder / PREPROCESSOR_FILE, {"name": "policy_preprocessor", "steps": preprocessor})
+    _write_json(
+        folder / POSTPROCESSOR_FILE, {"name": "policy_postprocessor", "steps": postprocessor}
+    )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, path)
+    # safetensors creates files that only the owner may read, whatever the umask.
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

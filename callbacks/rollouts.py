@@ -1,0 +1,89 @@
+"""Let the policy act at checkpoints: success, score with intervals, and a video."""
+
+import json
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.run_folder import write_atomically
+from callbacks.schedule import Diagnostic
+from callbacks.views import policy_view
+from envs.task import Task
+from policies.ensembling import ActionQueue, TemporalEnsembler
+from policies.interface import Findings, PolicyView
+
+
+class Rollouts(Diagnostic):
+    """Roll the policy out on fixed seeds, the same at every checkpoint.
+
+    Args:
+        task: What to solve, e.g. ``envs.push_t.PushTTask``.
+        n_episodes: Episodes per checkpoint.
+        first_seed: Episode i starts from seed ``first_seed + i``.
+        n_action_steps: Steps of a chunk to execute before the next prediction; null for the
+            policy's own.
+        temporal_ensemble_coefficient: Predict at every step and average overlapping chunks with
+            this coefficient (0.01 in ACT) in place of the action queue; null for the queue.
+        n_videos: Episodes shown in the video, from the first seed on.
+        every_n_validations: Run at every n-th validation.
+        at_start: Also measure the untrained policy, under ``untrained/``.
+        strict: Let an error of this diagnostic stop the run.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        n_episodes: int = 20,
+        first_seed: int = 100_000,
+        n_action_steps: int | None = None,
+        temporal_ensemble_coefficient: float | None = None,
+        n_videos: int = 6,
+        every_n_validations: int = 1,
+        at_start: bool = False,
+        strict: bool = False,
+    ):
+        super().__init__(every_n_validations=every_n_validations, at_start=at_start, strict=strict)
+        if temporal_ensemble_coefficient is not None and n_action_steps is not None:
+            raise ValueError(
+                f"n_action_steps={n_action_steps} has no meaning with temporal ensembling, which "
+                "predicts at every step: set one of the two to null"
+            )
+        self.task = task
+        self.n_episodes = n_episodes
+        self.first_seed = first_seed
+        self.n_action_steps = n_action_steps
+        self.temporal_ensemble_coefficient = temporal_ensemble_coefficient
+        self.n_videos = n_videos
+
+    def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
+        """Roll out, write the episodes as JSON and the first of them as a video."""
+        from envs.rollout import rollout
+        from rendering.video import Clip, write_clips
+
+        view = policy_view(module)
+        untrained = trainer.state.fn == "fit" and trainer.global_step == 0
+        result = rollout(
+            view,
+            self.task,
+            seeds=range(self.first_seed, self.first_seed + self.n_episodes),
+            controller=self.controller(view),
+            device=module.device,
+            record=0 if untrained else self.n_videos,
+        )
+        prefix = "untrained" if untrained else "rollout"
+        scalars = {f"{prefix}/{name}": value for name, value in result.summary().items()}
+        write_atomically(folder / "episodes.json", json.dumps(result.to_dict(), indent=1) + "\n")
+        if not result.recordings:
+            return Findings(scalars=scalars)
+        clips = [
+            Clip(recording.frames(self.task), recording.captions())
+            for recording in result.recordings
+        ]
+        video = write_clips(folder / "rollouts.mp4", clips, self.task.fps, columns=3)
+        return Findings(scalars=scalars, videos={"rollout/video": str(video)})
+
+    def controller(self, view: PolicyView) -> ActionQueue | TemporalEnsembler:
+        """What turns this policy's chunks into actions."""
+        if self.temporal_ensemble_coefficient is not None:
+            return TemporalEnsembler(self.temporal_ensemble_coefficient, view.chunk_size)
+        return ActionQueue(self.n_action_steps or view.n_action_steps)

@@ -1,0 +1,149 @@
+"""Any finished policy from a path: our checkpoints and runs, LeRobot folders, hub ids."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from policies.act import ACTPolicy
+from policies.checkpoint_files import CheckpointError, read_checkpoint
+from policies.interface import PolicyView
+from policies.lerobot_format import CONFIG_FILE, Statistics, load_lerobot_act, read_config
+
+_POLICY_PREFIX = "policy."
+
+
+class PolicyNotFoundError(ValueError):
+    """A policy path that leads nowhere."""
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy ready to act, and how it was configured to act."""
+
+    view: PolicyView
+    source: Path
+    """The checkpoint file or LeRobot folder it came from."""
+    kind: Literal["policyscope", "lerobot"]
+    temporal_ensemble_coefficient: float | None = None
+    """What the policy's own config asks for; None for its action queue."""
+    action_unit: str = "px"
+
+
+def load_policy(
+    policy_path: str,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    statistics: Statistics | None = None,
+) -> LoadedPolicy:
+    """Load a policy for analysis, in eval mode.
+
+    Args:
+        policy_path: A checkpoint file (``.ckpt``), a run folder, a LeRobot policy folder (also one
+            that holds ``pretrained_model/``), or a hub id ``user/name``.
+        device: Where the policy goes.
+        revision: Branch, tag or commit of a hub id.
+        statistics: LeRobot feature key to statistics, for a LeRobot policy that brings none.
+
+    Raises:
+        PolicyNotFoundError: If the path is none of these; it says what was looked for.
+        CheckpointError: If a checkpoint is damaged or not ours.
+        LeRobotFormatError: If a LeRobot folder is incomplete or damaged.
+    """
+    path = find_policy(policy_path, revision)
+    if path.is_file():
+        return _load_checkpoint(path, device)
+    config = read_config(path)
+    if config.get("type", "act") == "act":
+        loaded = load_lerobot_act(path, statistics, device)
+        return LoadedPolicy(loaded.policy, path, "lerobot", loaded.temporal_ensemble_coefficient)
+    from policies.lerobot_view import load_lerobot_policy
+
+    return LoadedPolicy(load_lerobot_policy(path, device), path, "lerobot")
+
+
+def find_policy(policy_path: str, revision: str | None = None) -> Path:
+    """Resolve a policy path to a checkpoint file or a LeRobot folder.
+
+    Raises:
+        PolicyNotFoundError: If nothing is there, naming what was looked for.
+    """
+    path = Path(policy_path).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for folder in (path, path / "pretrained_model", path / "last" / "pretrained_model"):
+            if (folder / CONFIG_FILE).is_file():
+                return folder
+        for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt"):
+            if (path / name).is_file():
+                return path / name
+        checkpoints = sorted(
+            [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")],
+            key=lambda file: file.stat().st_mtime,
+        )
+        if checkpoints:
+            return checkpoints[-1]
+        raise PolicyNotFoundError(
+            f"{path}: holds neither {CONFIG_FILE} (a LeRobot policy) nor checkpoints/*.ckpt (a "
+            "run of ours). Give the folder that does"
+        )
+    if policy_path.count("/") != 1 or path.suffix == ".ckpt" or policy_path.startswith((".", "/")):
+        raise PolicyNotFoundError(
+            f"{policy_path}: no such file or folder, and no hub id of the form user/name"
+        )
+    return _download(policy_path, revision)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PolicyNotFoundError(
+            f"{repo_id}: no such local folder, and the hub did not give it ({reason}). Check the "
+            "name and the network, or download the folder and give its path"
+        ) from error
+
+
+def _load_checkpoint(path: Path, device: str | torch.device) -> LoadedPolicy:
+    checkpoint = read_checkpoint(path)
+    return LoadedPolicy(
+        policy_from_checkpoint(checkpoint, path).to(device).eval(),
+        path,
+        "policyscope",
+        action_unit=checkpoint["hyper_parameters"].get("action_unit", "px"),
+    )
+
+
+def policy_from_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> ACTPolicy:
+    """Rebuild our ACT from a training checkpoint's plain values and weights.
+
+    Raises:
+        CheckpointError: If the checkpoint holds another kind of module.
+    """
+    import inspect
+
+    arguments = checkpoint.get("hyper_parameters", {})
+    known = set(inspect.signature(ACTPolicy.__init__).parameters) - {"self"}
+    weights = {
+        name.removeprefix(_POLICY_PREFIX): value
+        for name, value in checkpoint.get("state_dict", {}).items()
+        if name.startswith(_POLICY_PREFIX)
+    }
+    if "kl_weight" not in arguments or not weights:
+        raise CheckpointError(
+            f"{path}: it holds no ACT policy; give a checkpoint of an ActModule run"
+        )
+    policy = ACTPolicy(**{key: value for key, value in arguments.items() if key in known})
+    policy.load_state_dict(weights)
+    return policy
