@@ -1,0 +1,89 @@
+"""Look at data sets and finished policies: ``python analyze.py <command> --help``.
+
+A command lives in the room it belongs to, as a module with ``add_arguments(parser)`` and
+``run(args) -> int`` (the exit status). It is imported only when it is called, so that ``--help``
+does not wait for torch.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True)
+class Command:
+    """One analysis."""
+
+    module: str
+    """Where ``add_arguments`` and ``run`` are."""
+    summary: str
+    """What it is for."""
+    required: tuple[str, ...] = ()
+    """Shared options that must be given."""
+    optional: tuple[str, ...] = ()
+    """Shared options that may be given."""
+
+
+COMMANDS = {
+    "inspect": Command(
+        "datamodules.inspect",
+        "what a data set holds and what is wrong with it; exit status 1 when it is unusable",
+        required=("dataset_repo_id",),
+        optional=("output_dir",),
+    ),
+}
+
+SHARED: dict[str, dict] = {
+    "policy_path": {
+        "help": "a checkpoint of ours, a LeRobot policy folder, or a hub id",
+        "metavar": "PATH",
+    },
+    "dataset_repo_id": {
+        "help": "an HDF5 file, a folder of them, or a LeRobot data set",
+        "metavar": "PATH",
+    },
+    "episode_idx": {"help": "number of an episode in the data set", "type": int, "metavar": "N"},
+    "output_dir": {"help": "folder to write to; made when missing", "metavar": "DIR"},
+}
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """Parser of all commands, with the options of the chosen one."""
+    parser = argparse.ArgumentParser(
+        prog="analyze.py",
+        description="Look at data sets and finished policies.",
+        epilog="'analyze.py COMMAND --help' lists the options of a command.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        below = commands.add_parser(name, help=command.summary, description=command.summary)
+        for option in (*command.required, *command.optional):
+            below.add_argument(f"--{option}", required=option in command.required, **SHARED[option])
+        if name == chosen:
+            import_module(command.module).add_arguments(below)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments; those of the process when None.
+
+    Returns:
+        Exit status: 0 for success, 1 for bad input, said in one message.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    args = build_parser(chosen).parse_args(argv)
+    try:
+        return import_module(COMMANDS[args.command].module).run(args)
+    except (ValueError, OSError) as error:
+        print(f"analyze.py {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
