@@ -33,6 +33,16 @@ COMMANDS = {
         required=("dataset_repo_id",),
         optional=("output_dir",),
     ),
+    "rollout": Command(
+        "commands.rollout",
+        "let a policy act: success and score with intervals, videos, one row per variant",
+        required=("policy_path", "output_dir"),
+    ),
+    "export": Command(
+        "commands.export",
+        "write a policy trained here as a LeRobot folder",
+        required=("policy_path", "output_dir"),
+    ),
 }
 
 SHARED: dict[str, dict] = {

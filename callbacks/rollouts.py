@@ -22,7 +22,7 @@ class Rollouts(Diagnostic):
         first_seed: Episode i starts from seed ``first_seed + i``.
         n_action_steps: Steps of a chunk to execute before the next prediction; null for the
             policy's own.
-        temporal_ensemble_coefficient: Predict at every step and average overlapping chunks with
+        temporal_ensemble_coeff: Predict at every step and average overlapping chunks with
             this coefficient (0.01 in ACT) in place of the action queue; null for the queue.
         n_videos: Episodes shown in the video, from the first seed on.
         every_n_validations: Run at every n-th validation.
@@ -36,14 +36,14 @@ class Rollouts(Diagnostic):
         n_episodes: int = 20,
         first_seed: int = 100_000,
         n_action_steps: int | None = None,
-        temporal_ensemble_coefficient: float | None = None,
+        temporal_ensemble_coeff: float | None = None,
         n_videos: int = 6,
         every_n_validations: int = 1,
         at_start: bool = False,
         strict: bool = False,
     ):
         super().__init__(every_n_validations=every_n_validations, at_start=at_start, strict=strict)
-        if temporal_ensemble_coefficient is not None and n_action_steps is not None:
+        if temporal_ensemble_coeff is not None and n_action_steps is not None:
             raise ValueError(
                 f"n_action_steps={n_action_steps} has no meaning with temporal ensembling, which "
                 "predicts at every step: set one of the two to null"
@@ -52,7 +52,7 @@ class Rollouts(Diagnostic):
         self.n_episodes = n_episodes
         self.first_seed = first_seed
         self.n_action_steps = n_action_steps
-        self.temporal_ensemble_coefficient = temporal_ensemble_coefficient
+        self.temporal_ensemble_coeff = temporal_ensemble_coeff
         self.n_videos = n_videos
 
     def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
@@ -84,6 +84,6 @@ class Rollouts(Diagnostic):
 
     def controller(self, view: PolicyView) -> ActionQueue | TemporalEnsembler:
         """What turns this policy's chunks into actions."""
-        if self.temporal_ensemble_coefficient is not None:
-            return TemporalEnsembler(self.temporal_ensemble_coefficient, view.chunk_size)
+        if self.temporal_ensemble_coeff is not None:
+            return TemporalEnsembler(self.temporal_ensemble_coeff, view.chunk_size)
         return ActionQueue(self.n_action_steps or view.n_action_steps)

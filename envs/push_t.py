@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -290,6 +290,22 @@ class PushTTask(Task):
             action_dim=2,
             fps=self.fps,
         )
+
+    @classmethod
+    def for_policy(cls, schema: "DataSchema") -> Self:
+        """PushT with one square camera ``image`` of the policy's size.
+
+        Raises:
+            ValueError: When the policy wants other cameras, or one that is not square.
+        """
+        sizes = dict(schema.cameras)
+        height, width = sizes.pop("image", (96, 96))
+        if sizes or height != width:
+            raise ValueError(
+                f"the policy's cameras are {dict(schema.cameras)}; PushT has one square camera, "
+                "image. Give a policy that was trained on PushT"
+            )
+        return cls(image_size=height)
 
     def make(self) -> PushT:
         """Build one board."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -112,6 +112,15 @@ class Task(ABC):
     @abstractmethod
     def data_schema(self) -> "DataSchema":
         """Columns that demonstrations of this task have."""
+
+    @classmethod
+    @abstractmethod
+    def for_policy(cls, schema: "DataSchema") -> Self:
+        """The task as a policy made for ``schema`` sees it, e.g. with pictures of its size.
+
+        Raises:
+            ValueError: When the task cannot show what the policy wants to see.
+        """
 
     @abstractmethod
     def make(self) -> Environment:

@@ -131,7 +131,7 @@ class LeRobotACT:
     """A LeRobot ACT folder, read."""
 
     policy: ACTPolicy
-    temporal_ensemble_coefficient: float | None
+    temporal_ensemble_coeff: float | None
     """The coefficient the policy was configured to act with; None for the action queue."""
     config: dict[str, Any]
     """``config.json`` as it stands in the folder."""
@@ -230,7 +230,7 @@ def load_lerobot_act(
     _set_normaliser(policy, found or statistics or {}, _normalisation_modes(config), folder)
     return LeRobotACT(
         policy=policy.to(device).eval(),
-        temporal_ensemble_coefficient=config.get("temporal_ensemble_coeff"),
+        temporal_ensemble_coeff=config.get("temporal_ensemble_coeff"),
         config=config,
     )
 
@@ -238,7 +238,7 @@ def load_lerobot_act(
 def export_lerobot_act(
     policy: ACTPolicy,
     folder: Path,
-    temporal_ensemble_coefficient: float | None = None,
+    temporal_ensemble_coeff: float | None = None,
     kl_weight: float = 10.0,
 ) -> None:
     """Write a folder that LeRobot's ``ACTPolicy.from_pretrained`` and ``lerobot-eval`` run.
@@ -246,14 +246,14 @@ def export_lerobot_act(
     Args:
         policy: What to export.
         folder: Where to; must not exist or be empty.
-        temporal_ensemble_coefficient: Configure LeRobot to ensemble; None for its action queue.
+        temporal_ensemble_coeff: Configure LeRobot to ensemble; None for its action queue.
         kl_weight: Recorded in the config, for training on in LeRobot.
 
     Raises:
         LeRobotFormatError: If LeRobot's ACT cannot represent the policy, naming each reason.
         FileExistsError: If the folder holds something.
     """
-    problems = export_problems(policy, temporal_ensemble_coefficient)
+    problems = export_problems(policy, temporal_ensemble_coeff)
     if problems:
         raise LeRobotFormatError(
             folder,
@@ -277,7 +277,7 @@ def export_lerobot_act(
             "shape": [schema.environment_state_dim],
         }
     action = {"action": {"type": "ACTION", "shape": [schema.action_dim]}}
-    ensembles = temporal_ensemble_coefficient is not None
+    ensembles = temporal_ensemble_coeff is not None
     config = {
         "type": "act",
         "n_obs_steps": 1,
@@ -301,7 +301,7 @@ def export_lerobot_act(
         "use_vae": network.posterior is not None,
         "latent_dim": network.latent_dim,
         "n_vae_encoder_layers": policy.hyper_parameters["n_posterior_layers"],
-        "temporal_ensemble_coeff": temporal_ensemble_coefficient,
+        "temporal_ensemble_coeff": temporal_ensemble_coeff,
         "dropout": policy.hyper_parameters["dropout"],
         "kl_weight": kl_weight,
     }
@@ -314,9 +314,7 @@ def export_lerobot_act(
     _write_processors(policy, folder, features, action)
 
 
-def export_problems(
-    policy: ACTPolicy, temporal_ensemble_coefficient: float | None = None
-) -> list[str]:
+def export_problems(policy: ACTPolicy, temporal_ensemble_coeff: float | None = None) -> list[str]:
     """Name everything about a policy that LeRobot's ACT has no place for; empty if it fits."""
     chosen = policy.hyper_parameters
     problems = []
@@ -330,13 +328,13 @@ def export_problems(
                 problems.append(f"backbone_norm {chosen['backbone_norm']} (LeRobot: frozen_batch)")
             if chosen["token_stride"] != 32:
                 problems.append(f"token_stride {chosen['token_stride']} (LeRobot: 32)")
-    queue = temporal_ensemble_coefficient is None and policy.n_action_steps > 1
+    queue = temporal_ensemble_coeff is None and policy.n_action_steps > 1
     if policy.relative_actions and queue:
         problems.append(
             f"relative_actions with a queue of n_action_steps={policy.n_action_steps} (LeRobot "
             "adds the newest state, not the chunk's, to queued actions: set n_action_steps to 1)"
         )
-    if policy.relative_actions and temporal_ensemble_coefficient is not None:
+    if policy.relative_actions and temporal_ensemble_coeff is not None:
         problems.append(
             "relative_actions with temporal ensembling (LeRobot averages before adding the state)"
         )

@@ -27,7 +27,7 @@ class LoadedPolicy:
     source: Path
     """The checkpoint file or LeRobot folder it came from."""
     kind: Literal["policyscope", "lerobot"]
-    temporal_ensemble_coefficient: float | None = None
+    temporal_ensemble_coeff: float | None = None
     """What the policy's own config asks for; None for its action queue."""
     action_unit: str = "px"
 
@@ -58,7 +58,7 @@ def load_policy(
     config = read_config(path)
     if config.get("type", "act") == "act":
         loaded = load_lerobot_act(path, statistics, device)
-        return LoadedPolicy(loaded.policy, path, "lerobot", loaded.temporal_ensemble_coefficient)
+        return LoadedPolicy(loaded.policy, path, "lerobot", loaded.temporal_ensemble_coeff)
     from policies.lerobot_view import load_lerobot_policy
 
     return LoadedPolicy(load_lerobot_policy(path, device), path, "lerobot")

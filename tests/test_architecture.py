@@ -11,7 +11,7 @@ LEVELS = (
     {"landscapes", "attention", "features", "autoencoders"},
     {"lightning_modules", "datamodules", "envs", "rendering"},
     {"callbacks"},
-    {"train", "analyze"},
+    {"train", "analyze", "commands"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PURE = LEVELS[0] | LEVELS[1] | {"rendering", "envs"}
