@@ -87,9 +87,9 @@ class ActModule(LightningModule):
         if self.hparams["compile"] and stage == "fit":
             self._compute_loss = torch.compile(self.policy.loss)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augment training pictures, as a function of seed and step alone."""
-        if not (self.trainer.training and self.augmentation.is_active):
+    def _augmented(self, batch: Batch) -> Batch:
+        """Change the pictures, as a function of seed and step alone."""
+        if not self.augmentation.is_active:
             return batch
         seed = hash((self.hparams["augmentation_seed"], self.global_step, self.global_rank))
         generator = torch.Generator().manual_seed(seed & (2**63 - 1))
@@ -97,7 +97,7 @@ class ActModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch; L1 in data units is accumulated for the epoch."""
-        loss: ACTLoss = self._compute_loss(batch, self.kl_weight)
+        loss: ACTLoss = self._compute_loss(self._augmented(batch), self.kl_weight)
         self.train_reconstruction.update(loss.prediction, batch.actions, batch.action_is_pad)
         self.log("train/loss", loss.total, prog_bar=True)
         self.log_dict({"train/l1": loss.l1, "train/kl_nats": loss.kl})

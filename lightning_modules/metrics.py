@@ -28,8 +28,9 @@ class ChunkL1(Metric):
         """Add a batch, in data units."""
         valid = ~action_is_pad
         error = (predicted - actions).abs().mean(-1)
-        self.total += torch.where(valid, error, 0).sum(0, dtype=torch.float64)
-        self.count += valid.sum(0)
+        # Not in place: inference mode may have made the sums.
+        self.total = self.total + torch.where(valid, error, 0).sum(0, dtype=torch.float64)
+        self.count = self.count + valid.sum(0)
 
     def compute(self) -> tuple[Float[Tensor, " chunk"], Float[Tensor, ""]]:
         """Mean error of each chunk step (NaN where none was valid), and over all valid steps."""
