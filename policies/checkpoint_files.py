@@ -65,6 +65,12 @@ def read_checkpoint(
             raise CheckpointError(
                 f"{file}: not a checkpoint of this project, or cut short{_neighbours(file)}"
             )
+        with zipfile.ZipFile(file) as archive:
+            # torch does not look at the checksums it writes.
+            if damaged := archive.testzip():
+                raise CheckpointError(
+                    f"{file}: damaged, wrong checksum of {damaged}{_neighbours(file)}"
+                )
         checkpoint = torch.load(file, map_location=map_location, weights_only=True)
     except CheckpointError:
         raise

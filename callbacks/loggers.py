@@ -1,0 +1,398 @@
+"""Where numbers go: a CSV file that is the record of truth, and W&B, with or without an account.
+
+Both count in optimiser steps. Lightning's own count is one behind, and drifts on resume; with
+:meth:`GatheredRows.follow` a training row, a validation row and a checkpoint of the same weights
+carry the same step.
+"""
+
+import contextlib
+import csv
+import io
+import netrc
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast, override
+from urllib.parse import urlsplit
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from callbacks.run_folder import write_atomically
+from policies.interface import Findings
+
+CSV_FILE = "metrics.csv"
+WANDB_FOLDER = "wandb"
+WANDB_ID_FILE = "run_id"
+
+
+class GatheredRows:
+    """Turns several logs of one step into one row; the two loggers below share it."""
+
+    def __init__(self) -> None:
+        self._trainer: Trainer | None = None
+        self._step_offset = 0
+        self._held: dict[str, Any] | None = None
+
+    def follow(self, trainer: Trainer, step_offset: int) -> None:
+        """Count rows by the optimiser steps of ``trainer``, plus ``step_offset``."""
+        self._trainer = trainer
+        self._step_offset = step_offset
+
+    def hold(self) -> None:
+        """Gather what is logged from now on instead of writing rows."""
+        if self._held is None:
+            self._held = {}
+
+    def release(self, metrics: Mapping[str, float], media: Findings) -> None:
+        """Write what was gathered, ``metrics`` and ``media`` as one row."""
+        row = {**(self._held or {}), **metrics}
+        self._held = None
+        if row or media.images or media.videos:
+            self._write(row, media, self._step(None))
+
+    def rewind(self, step: int) -> None:
+        """Forget rows later than ``step``: they are about to be computed again."""
+        del step
+
+    def _take(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        if self._held is not None:
+            self._held |= metrics
+        else:
+            self._write(dict(metrics), Findings(), self._step(step))
+
+    def _step(self, step: int | None) -> int:
+        if self._trainer is not None:
+            return self._trainer.global_step + self._step_offset
+        return step or 0
+
+    def _write(self, row: dict[str, Any], media: Findings, step: int) -> None:
+        raise NotImplementedError
+
+
+class CsvLog(GatheredRows, Logger):
+    """One row a step in ``metrics.csv``; columns may appear late, nothing is ever thrown away.
+
+    Each row reaches the operating system at once, so that killing the process loses none; it is
+    brought to the disk every ``sync_every_s`` and with each validation. After a resume, rows later
+    than the checkpoint are dropped: the steps in the file only rise.
+
+    Args:
+        save_dir: Folder of the file; the run folder when None.
+        sync_every_s: Longest time that a power cut may cost, in s.
+    """
+
+    def __init__(self, save_dir: str | None = None, sync_every_s: float = 5.0) -> None:
+        super().__init__()
+        self._save_dir = save_dir or "."
+        self._sync_every_s = sync_every_s
+        self._synced_at_s = 0.0
+        self._columns: list[str] | None = None
+
+    @property
+    @override
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        return self._save_dir
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self._save_dir) / CSV_FILE
+
+    @override
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: ``config.yaml`` has them."""
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._take({key: _number(value) for key, value in metrics.items()}, step)
+
+    @override
+    @rank_zero_only
+    def release(self, metrics: Mapping[str, float], media: Findings) -> None:
+        super().release({key: _number(value) for key, value in metrics.items()}, Findings())
+        self.sync()
+
+    @override
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        columns, rows = _read_rows(self.path)
+        kept = [row for row in rows if float(row.get("step") or 0) <= step]
+        if len(kept) < len(rows):
+            write_atomically(self.path, _as_text(columns, kept, header=True))
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._held:
+            self.release({}, Findings())
+        self._held = None
+        self.sync()
+
+    def sync(self) -> None:
+        """Bring all rows to the disk."""
+        if self.path.is_file():
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+        self._synced_at_s = time.monotonic()
+
+    @override
+    def _write(self, row: dict[str, Any], media: Findings, step: int) -> None:
+        row = {"step": step, **row}
+        if self._columns is None:
+            self._columns = _read_rows(self.path)[0]
+        new = [key for key in row if key not in self._columns]
+        if new:
+            columns = [*self._columns, *new]
+            _, rows = _read_rows(self.path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, _as_text(columns, [*rows, row], header=True))
+            self._columns = columns
+        else:
+            # One write call for one row: a kill leaves all of it or nothing.
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(_as_text(self._columns, [row], header=False))
+        if time.monotonic() - self._synced_at_s > self._sync_every_s:
+            self.sync()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """Read ``metrics.csv``: one dictionary a row, without the empty cells."""
+    _, rows = _read_rows(Path(path))
+    return [{key: float(value) for key, value in row.items() if value != ""} for row in rows]
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return columns and rows; a last line that was cut short is left out."""
+    if not path.is_file():
+        return [], []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomically(path, whole)
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    return list(reader.fieldnames or []), list(reader)
+
+
+def _as_text(columns: list[str], rows: list[dict[str, Any]], header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+class WandbLog(GatheredRows, WandbLogger):
+    """W&B that needs no account, never hangs, and keeps its files in the run folder.
+
+    Online when a key is there (``WANDB_API_KEY`` or ``wandb login``) and the server answers,
+    otherwise offline; one line says which. A resumed run keeps its id, so that ``wandb sync``
+    appends. Checkpoints are not uploaded.
+
+    Args:
+        project: W&B project.
+        name: Name of the run in W&B; the run folder's when None.
+        offline: Whether to stay offline; decided by the key when None.
+        save_dir: The run folder; filled in when None.
+        entity: User or team.
+        group: Runs to show together.
+        tags: Words to filter by.
+        init_timeout_s: How long the server may take to answer, in s.
+        finish_timeout_s: How long the last upload may take, in s; the rest can be synced later.
+    """
+
+    def __init__(
+        self,
+        project: str = "policyscope",
+        name: str | None = None,
+        offline: bool | None = None,
+        save_dir: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        init_timeout_s: float = 30.0,
+        finish_timeout_s: float = 60.0,
+    ) -> None:
+        GatheredRows.__init__(self)
+        WandbLogger.__init__(self, project=project, name=name, save_dir=save_dir or ".")
+        self._stay_offline = offline
+        self._more_init = {"entity": entity, "group": group, "tags": tags}
+        self._init_timeout_s = init_timeout_s
+        self._finish_timeout_s = finish_timeout_s
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, started when first asked for."""
+        if self._experiment is None:
+            self._experiment = self._start()
+        return self._experiment
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._take(dict(metrics), step)
+
+    @override
+    @rank_zero_only
+    def release(self, metrics: Mapping[str, float], media: Findings) -> None:
+        super().release(metrics, media)
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is still gathered; :meth:`close` ends the run."""
+        if self._held:
+            self.release({}, Findings())
+        self._held = None
+
+    @rank_zero_only
+    def close(self, exit_code: int = 0) -> None:
+        """End the W&B run; a later process may take it up again."""
+        if self._experiment is not None:
+            with _quiet():
+                self._experiment.finish(exit_code=exit_code)
+            self._experiment = None
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder to give to ``wandb sync``; None before the run has started."""
+        directory = getattr(self._experiment, "dir", None)
+        return Path(directory).parent if directory else None
+
+    @property
+    def address(self) -> str | None:
+        """Web page of the run, when online."""
+        return getattr(self._experiment, "url", None)
+
+    @override
+    def _write(self, row: dict[str, Any], media: Findings, step: int) -> None:
+        if media.images or media.videos:
+            import wandb
+
+            caption = f"step {step}"
+            row |= {
+                key: wandb.Image(path, caption=caption) for key, path in media.images.items()
+            } | {
+                key: wandb.Video(path, caption=caption, format="mp4")
+                for key, path in media.videos.items()
+            }
+        self.experiment.log({**row, "trainer/global_step": step})
+
+    def _start(self) -> Any:
+        import wandb
+
+        run_folder = Path(self._save_dir or ".").absolute()
+        home = run_folder / WANDB_FOLDER
+        home.mkdir(parents=True, exist_ok=True)
+        # Offline, W&B stages artifacts outside the run unless told where; a sync needs them.
+        os.environ["WANDB_DIR"] = str(run_folder)
+        os.environ["WANDB_DATA_DIR"] = str(home / "data")
+        os.environ["WANDB_CACHE_DIR"] = str(home / "cache")
+        run_id = _run_id(home / WANDB_ID_FILE)
+        mode, reason = self._mode()
+
+        def begin(mode: str) -> Any:
+            return wandb.init(
+                project=self._project,
+                name=self._name or run_folder.name,
+                dir=str(run_folder),
+                id=run_id,
+                resume="allow",
+                mode=cast(Any, mode),
+                entity=self._more_init["entity"],
+                group=self._more_init["group"],
+                tags=self._more_init["tags"],
+                settings=wandb.Settings(
+                    init_timeout=self._init_timeout_s,
+                    finish_timeout=self._finish_timeout_s,
+                    finish_timeout_raises=False,
+                    console="off",
+                    silent=True,
+                ),
+            )
+
+        with _quiet():
+            try:
+                run = begin(mode)
+            except Exception as error:
+                if mode != "online":
+                    raise
+                # Whatever ails the service or the network must leave us training.
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                rank_zero_warn(f"W&B: the server cannot be used ({reason}); going on offline")
+                wandb.teardown()
+                mode, run = "offline", begin("offline")
+        if mode == "offline":
+            where = Path(run.dir).parent
+            rank_zero_info(f"W&B: offline ({reason}); upload later with: wandb sync {where}")
+        elif mode == "online":
+            rank_zero_info(f"W&B: online at {run.url}")
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        return run
+
+    def _mode(self) -> tuple[str, str]:
+        """Decide between online, offline and disabled, and say why."""
+        asked = os.environ.get("WANDB_MODE", "").lower()
+        if asked == "disabled":
+            return "disabled", "WANDB_MODE=disabled"
+        if self._stay_offline is not None:
+            return ("offline", "offline: true") if self._stay_offline else ("online", "")
+        if asked in {"offline", "dryrun"}:
+            return "offline", f"WANDB_MODE={asked}"
+        if asked == "online" or os.environ.get("WANDB_API_KEY") or _logged_in():
+            return "online", ""
+        return "offline", "no WANDB_API_KEY"
+
+
+def _logged_in() -> bool:
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc().authenticators(urlsplit(server).hostname or "") is not None
+    return False
+
+
+def _run_id(file: Path) -> str:
+    if file.is_file() and (known := file.read_text(encoding="utf-8").strip()):
+        return known
+    fresh = secrets.token_hex(4)
+    write_atomically(file, fresh + "\n")
+    return fresh
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep W&B from printing its banner and tips; our one line says it all."""
+    before = os.environ.get("WANDB_SILENT")
+    os.environ["WANDB_SILENT"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WANDB_SILENT"]
+        else:
+            os.environ["WANDB_SILENT"] = before

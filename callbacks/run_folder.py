@@ -1,0 +1,168 @@
+"""Where a run lives: ``<output_dir>/<name>/<time>/``, with ``<output_dir>/<name>/last`` beside it.
+
+=================  =========================================================================
+config.yaml        the configuration, ready for ``train.py fit -c``
+environment.json   versions, commit, hardware, command line
+metrics.csv        every logged number, one row a step: the record of truth
+summary.json       last value of every number, and where everything lies
+checkpoints/       ``last.ckpt`` and the best ones
+media/             ``step_000123/<diagnostic>/...`` and ``index.json``
+wandb/             the W&B run, when W&B is used
+=================  =========================================================================
+"""
+
+import fcntl
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+LAST = "last"
+CHECKPOINTS = "checkpoints"
+MEDIA = "media"
+
+
+class RunFolderError(ValueError):
+    """A run folder cannot be made, found or used; the message names it and the mend."""
+
+
+def create_run_folder(
+    output_dir: str | os.PathLike[str],
+    name: str,
+    suffix: str = "",
+    started: datetime | None = None,
+) -> Path:
+    """Make a folder for a new run that no other run has, even one started in the same second.
+
+    Args:
+        output_dir: Folder of all runs; made when missing.
+        name: Name of the experiment: one folder name.
+        suffix: Added to the time, e.g. ``-validate``.
+        started: Start of the run; now when None.
+
+    Raises:
+        RunFolderError: If the name is not a folder name, or the disk refuses.
+    """
+    home = named_folder(output_dir, name)
+    stamp = (started or datetime.now()).strftime("%Y-%m-%d_%H-%M-%S") + suffix
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        attempt = 1
+        while True:
+            folder = home / (stamp if attempt == 1 else f"{stamp}_{attempt}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                attempt += 1
+                continue
+            return folder.absolute()
+    except OSError as error:
+        raise RunFolderError(
+            f"{home}: cannot make the run folder ({error.strerror or error}); "
+            "choose another place with --output_dir"
+        ) from error
+
+
+def named_folder(output_dir: str | os.PathLike[str], name: str) -> Path:
+    """Return the folder that holds all runs of one name.
+
+    Raises:
+        RunFolderError: If the name would leave ``output_dir``.
+    """
+    if not name.strip() or name in {".", ".."} or any(c in "/\\" or ord(c) < 32 for c in name):
+        raise RunFolderError(f"name {name!r}: is not a folder name; use letters, digits, - and _")
+    return Path(output_dir).expanduser() / name
+
+
+def point_last_at(folder: Path) -> None:
+    """Let ``last`` beside ``folder`` point at it; whoever looks sees the old or the new target."""
+    link = folder.parent / LAST
+    temporary = folder.parent / f".{LAST}.{os.getpid()}.part"
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        temporary.replace(link)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFolderError(
+            f"{link}: cannot point at {folder.name} ({error.strerror or error}); move it away"
+        ) from error
+
+
+def last_run_folder(output_dir: str | os.PathLike[str], name: str) -> Path:
+    """Return the newest run of a name.
+
+    Raises:
+        RunFolderError: If there is none.
+    """
+    link = named_folder(output_dir, name) / LAST
+    if not link.is_dir():
+        raise RunFolderError(
+            f"{link}: no earlier run of this name; start one without --ckpt_path, or give the "
+            "--name and --output_dir of the run to continue"
+        )
+    return link.resolve()
+
+
+class RunLock:
+    """Keeps a second process out of a run folder for as long as this process lives.
+
+    A POSIX record lock: it dies with the process, ``kill -9`` included, and the children of a data
+    loader do not inherit it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file: IO[str] | None = (folder / ".lock").open("a")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise RunFolderError(
+                f"{folder}: another process is still writing this run; wait for it or stop it"
+            ) from error
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader, or a crash, sees the old text or the new, whole."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, so that a rename survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_beside(path: Path, text: str) -> Path:
+    """Write ``text`` to ``path``, or under the next free number if another text is there.
+
+    Returns:
+        The file that holds the text.
+    """
+    candidate, number = path, 2
+    while candidate.exists():
+        if candidate.read_text(encoding="utf-8") == text:
+            return candidate
+        candidate = path.with_name(f"{path.stem}_{number}{path.suffix}")
+        number += 1
+    write_atomically(candidate, text)
+    return candidate

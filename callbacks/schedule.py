@@ -1,0 +1,176 @@
+"""When a diagnostic runs, and what it must leave as it found it."""
+
+import contextlib
+import re
+import time
+import traceback
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, override
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from callbacks.dashboard import Dashboard, check_media
+from callbacks.exact_resume import random_state, restore_random_state
+from callbacks.run_folder import MEDIA
+from policies.interface import Findings
+
+ERROR_FILE = "diagnostic_errors.log"
+
+
+class Diagnostic(Callback):
+    """Looks at the policy now and then, without leaving a trace in training.
+
+    Runs at the end of a validation, with the weights that are being validated, at most once per
+    optimiser step, never in the sanity check, on one process only, and always at the last
+    validation of a run. Its findings go to the :class:`~callbacks.dashboard.Dashboard`.
+
+    Args:
+        every_n_validations: Validations from one run to the next.
+        at_start: Whether to run before the first step, too.
+        strict: Whether an error stops training; otherwise it is written down and counted.
+        name: Folder of its files and key of its times; from the class name when None.
+    """
+
+    def __init__(
+        self,
+        every_n_validations: int = 1,
+        at_start: bool = False,
+        strict: bool = False,
+        name: str | None = None,
+    ) -> None:
+        if every_n_validations < 1:
+            raise ValueError(f"every_n_validations {every_n_validations}: must be 1 or more")
+        self.every_n_validations = every_n_validations
+        self.at_start = at_start
+        self.strict = strict
+        self.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+        self._validations = 0
+        self._last_step = -1
+
+    @abstractmethod
+    def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
+        """Compute and draw; called in eval mode without gradients.
+
+        Args:
+            trainer: The trainer, e.g. for its data module.
+            module: What is being trained or evaluated.
+            folder: Empty folder of its own for pictures and videos.
+        """
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return f"{type(self).__qualname__}[{self.name}]"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations, "last_step": self._last_step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
+        self._last_step = state_dict["last_step"]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.at_start and trainer.global_step == 0:
+            self._run(trainer, pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn != "fit":
+            self._run(trainer, pl_module)
+            return
+        if trainer.global_step == self._last_step:
+            return
+        self._validations += 1
+        if self._validations % self.every_n_validations == 0 or is_last_validation(trainer):
+            self._run(trainer, pl_module)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run(trainer, pl_module)
+
+    def _run(self, trainer: Trainer, module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        # Someone waits for the process to end: hand over at the next safe point instead.
+        if (
+            not trainer.is_global_zero
+            or getattr(trainer, "fast_dev_run", False)
+            or trainer.received_sigterm
+        ):
+            return
+        dashboard = Dashboard.of(trainer)
+        run = Path(trainer.default_root_dir)
+        folder = run / MEDIA / f"step_{dashboard.step(trainer):06d}" / self.name
+        began = time.perf_counter()
+        findings = Findings()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with undisturbed(module):
+                found = self.diagnose(trainer, module, folder)
+            check_media(found)
+            findings = found
+        except Exception as error:
+            if self.strict:
+                raise
+            with (run / ERROR_FILE).open("a", encoding="utf-8") as file:
+                file.write(f"step {trainer.global_step}, {self.name}\n{traceback.format_exc()}\n")
+            if self.name not in dashboard.failed:
+                rank_zero_warn(
+                    f"{self.name} failed ({type(error).__name__}: {error}); training goes on, "
+                    f"details in {run / ERROR_FILE}"
+                )
+            dashboard.failed.append(self.name)
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only when nothing was drawn
+        dashboard.receive(trainer, module, self.name, findings, time.perf_counter() - began)
+
+
+def is_last_validation(trainer: Trainer) -> bool:
+    """Tell whether training ends before another validation, as far as that is known."""
+    if trainer.should_stop:
+        return True
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    if trainer.max_steps != -1:
+        steps_left = trainer.max_steps - trainer.global_step
+        interval = trainer.val_check_batch
+        across_epochs = trainer.check_val_every_n_epoch is None
+        batches_to_go = interval if across_epochs and isinstance(interval, int) else 1
+        if steps_left * trainer.accumulate_grad_batches < batches_to_go:
+            return True
+    if trainer.max_epochs in (None, -1):
+        return False
+    return trainer.current_epoch + 1 >= trainer.max_epochs and bool(batches.is_last_batch)
+
+
+@contextlib.contextmanager
+def undisturbed(module: LightningModule) -> Iterator[None]:
+    """Evaluate ``module`` and leave modes, gradients and all random generators as they were.
+
+    Gradients are off; a saliency method turns them on with ``torch.enable_grad()``, which works
+    because inference mode is lifted.
+    """
+    training = [(part, part.training) for part in module.modules()]
+    gradients = [(weight, weight.requires_grad, weight.grad) for weight in module.parameters()]
+    random_before = random_state()
+    try:
+        for weight, _, _ in gradients:
+            weight.grad = None
+        module.eval()
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for part, mode in training:
+            part.training = mode
+        for weight, needed, gradient in gradients:
+            weight.requires_grad_(needed)
+            weight.grad = gradient
+        restore_random_state(random_before)
