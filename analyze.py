@@ -6,10 +6,14 @@ does not wait for torch.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+
+# Threads that wait for each other yield their core; read when a command loads torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ COMMANDS = {
         "what a data set holds and what is wrong with it; exit status 1 when it is unusable",
         required=("dataset_repo_id",),
         optional=("output_dir",),
+    ),
+    "convert": Command(
+        "datamodules.convert",
+        "HDF5 to a LeRobot data set, or back, with the loss stated",
+        required=("dataset_repo_id", "output_dir"),
     ),
     "rollout": Command(
         "commands.rollout",

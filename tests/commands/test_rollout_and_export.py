@@ -29,6 +29,8 @@ def save_policy(path, **changes):
         "n_encoder_layers": 1,
         "n_posterior_layers": 1,
         "latent_dim": 4,
+        "backbone": "small_cnn",
+        "token_stride": 8,
         **changes,
     }
     module = ActModule(**arguments)
@@ -137,7 +139,8 @@ def test_the_policys_own_way_of_acting_is_the_default(checkpoint):
     assert [variant.name for variant in variants(ensembled, [], [])] == ["ensemble0.05"]
 
 
-def test_an_exported_policy_comes_back_with_the_same_actions(checkpoint, tmp_path, capsys):
+def test_an_exported_policy_comes_back_with_the_same_actions(tmp_path, capsys):
+    checkpoint = save_policy(tmp_path / "resnet.ckpt", backbone="resnet18", token_stride=32)
     folder = tmp_path / "export"
     words = ["export", "--policy_path", str(checkpoint), "--output_dir", str(folder)]
     assert analyze.main([*words, "--n_action_steps", "4"]) == 0
@@ -156,9 +159,7 @@ def test_an_exported_policy_comes_back_with_the_same_actions(checkpoint, tmp_pat
 
 
 def test_what_lerobot_cannot_represent_is_named(tmp_path, capsys):
-    policy = save_policy(
-        tmp_path / "small.ckpt", backbone="small_cnn", token_stride=8, relative_actions=True
-    )
+    policy = save_policy(tmp_path / "small.ckpt", relative_actions=True)
     words = ["export", "--policy_path", str(policy), "--output_dir", str(tmp_path / "export")]
     assert analyze.main(words) == 1
     message = capsys.readouterr().err
