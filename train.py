@@ -6,7 +6,6 @@ folder, exactly where it stopped. With a checkpoint and no ``-c``, the configura
 used.
 """
 
-# ruff: noqa: E402
 import os
 
 # Threads that wait for each other yield their core: on a shared machine spinning doubles the time
