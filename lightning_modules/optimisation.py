@@ -49,12 +49,11 @@ def build_schedule(
         decay_steps: Optimiser step at which the cosine reaches zero.
 
     Raises:
-        ValueError: If the cosine has no end after the warm-up.
+        ValueError: If the cosine has no end. A run that ends within the warm-up is no error.
     """
-    if schedule == "cosine" and decay_steps <= warmup_steps:
+    if schedule == "cosine" and decay_steps < 1:
         raise ValueError(
-            f"a cosine schedule needs an end: it would stop at step {decay_steps}, with "
-            f"warmup_steps={warmup_steps}; set trainer.max_steps or decay_steps"
+            "a cosine schedule needs an end: set trainer.max_steps, or decay_steps of the model"
         )
 
     def factor(step: int) -> float:
@@ -62,7 +61,7 @@ def build_schedule(
             return (step + 1) / (warmup_steps + 1)
         if schedule == "constant":
             return 1.0
-        progress = min(1.0, (step - warmup_steps) / (decay_steps - warmup_steps))
+        progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
         return 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
