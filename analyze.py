@@ -6,14 +6,10 @@ does not wait for torch.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-
-# Threads that wait for each other yield their core; read when a command loads torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass(frozen=True)

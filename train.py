@@ -6,15 +6,10 @@ folder, exactly where it stopped. With a checkpoint and no ``-c``, the configura
 used.
 """
 
-import os
-
-# Threads that wait for each other yield their core: on a shared machine spinning doubles the time
-# of a step. Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import argparse
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import sys
