@@ -316,7 +316,8 @@ def _play(
                     episode.look(policy.n_obs_steps)
         chunk = None
         if wanted:
-            chunk = policy.predict_chunk(_batch(policy, episodes).to(device))
+            # In float64 the average of overlapping chunks does not depend on its bookkeeping.
+            chunk = policy.predict_chunk(_batch(policy, episodes).to(device)).double()
         actions = controller.step(chunk).double().cpu().numpy()
         for index, (episode, action) in enumerate(zip(episodes, actions, strict=True)):
             if not episode.terminated:

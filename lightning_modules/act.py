@@ -8,7 +8,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_modules.augmentation import ImageAugmentation
-from lightning_modules.metrics import ChunkL1, shown_chunk_steps
+from lightning_modules.data_schema import refuse_other_data, store_schema
+from lightning_modules.metrics import ChunkL1, baseline_l1, chunk_l1_scalars
 from lightning_modules.optimisation import (
     ParameterGroup,
     Schedule,
@@ -17,9 +18,7 @@ from lightning_modules.optimisation import (
     gradient_norm,
 )
 from policies.act import ACTLoss, ACTPolicy
-from policies.interface import Batch, DataSchema
-
-SCHEMA_KEY = "data_schema"
+from policies.interface import Batch
 
 
 class ActModule(LightningModule):
@@ -122,15 +121,13 @@ class ActModule(LightningModule):
         predicted = self.policy.predict_chunk(batch.observation)
         self.val_reconstruction.update(loss.prediction, batch.actions, batch.action_is_pad)
         self.val_prediction.update(predicted, batch.actions, batch.action_is_pad)
-        values = {"val/loss": loss.total, "val/l1": loss.l1, "val/kl_nats": loss.kl}
-        first = batch.actions[:, 0]
         mean_action = self.trainer.datamodule.statistics.action.mean  # type: ignore[attr-defined]
-        mean_error = (first - mean_action.to(first)).abs().mean()
-        values[f"baseline/mean_action_l1_{self.unit}"] = mean_error
-        state = batch.observation.state
-        if state is not None and state.shape == first.shape:
-            hold_error = (first - state).abs().mean()
-            values[f"baseline/hold_position_l1_{self.unit}"] = hold_error
+        values = {
+            "val/loss": loss.total,
+            "val/l1": loss.l1,
+            "val/kl_nats": loss.kl,
+            **baseline_l1(batch.actions[:, 0], batch.observation.state, mean_action, self.unit),
+        }
         self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=len(batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -142,13 +139,8 @@ class ActModule(LightningModule):
         self.val_prediction.reset()
 
     def _log_chunk_l1(self, name: str, metric: ChunkL1) -> Tensor:
-        per_step, mean = metric.compute()
-        shown = {
-            f"{name}_{self.unit}/k{step:02d}": per_step[step].float()
-            for step in shown_chunk_steps(self.policy.chunk_size)
-            if torch.isfinite(per_step[step])
-        }
-        self.log_dict({f"{name}_{self.unit}": mean.float(), **shown})
+        per_step, scalars = chunk_l1_scalars(name, self.unit, metric)
+        self.log_dict(scalars)
         return per_step
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -185,7 +177,7 @@ class ActModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what the policy was made for, so that the file is usable alone."""
-        checkpoint[SCHEMA_KEY] = self.policy.data_schema.to_dict()
+        store_schema(checkpoint, self.policy.data_schema)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was made for other data.
@@ -193,14 +185,4 @@ class ActModule(LightningModule):
         Raises:
             ValueError: If cameras or dimensions differ from the data set's; all are named.
         """
-        made_for = DataSchema.from_dict(checkpoint[SCHEMA_KEY])
-        datamodule = getattr(self._trainer, "datamodule", None)
-        if datamodule is None:
-            return
-        differences = made_for.differences(datamodule.data_schema)
-        if differences:
-            raise ValueError(
-                "the checkpoint was made for other data (checkpoint != data set): "
-                + "; ".join(differences)
-                + ". Use the data set it was trained on, or train anew without --ckpt_path."
-            )
+        refuse_other_data(checkpoint, self._trainer)

@@ -45,3 +45,40 @@ def shown_chunk_steps(chunk_size: int) -> list[int]:
         steps.add(step)
         step *= 2
     return sorted(steps)
+
+
+def chunk_l1_scalars(
+    name: str, unit: str, metric: ChunkL1
+) -> tuple[Float[Tensor, " chunk"], dict[str, Tensor]]:
+    """Errors of each chunk step, and what to log of them: the mean, and the steps worth a curve."""
+    per_step, mean = metric.compute()
+    shown = {
+        f"{name}_{unit}/k{step:02d}": per_step[step].float()
+        for step in shown_chunk_steps(len(per_step))
+        if torch.isfinite(per_step[step])
+    }
+    return per_step, {f"{name}_{unit}": mean.float(), **shown}
+
+
+def baseline_l1(
+    first_action: Float[Tensor, "batch action"],
+    state: Float[Tensor, "batch state"] | None,
+    mean_action: Float[Tensor, " action"],
+    unit: str,
+) -> dict[str, Tensor]:
+    """Errors of two policies that look at nothing: the mean action, and staying where one is.
+
+    Args:
+        first_action: Demonstrated actions at the observed instant.
+        state: Observed states; staying is left out when they are not positions like the actions.
+        mean_action: Over the training split.
+        unit: Of actions, as it appears in metric names.
+    """
+    errors = {
+        f"baseline/mean_action_l1_{unit}": (first_action - mean_action.to(first_action))
+        .abs()
+        .mean()
+    }
+    if state is not None and state.shape == first_action.shape:
+        errors[f"baseline/hold_position_l1_{unit}"] = (first_action - state).abs().mean()
+    return errors

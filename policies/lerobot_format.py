@@ -175,7 +175,47 @@ def load_lerobot_act(
             f"type is {config['type']!r}, not 'act'",
             "Load it as one of LeRobot's own policies",
         )
-    inputs, action_dim = _features(config, folder)
+    weights = read_safetensors(folder / WEIGHTS_FILE)
+    legacy = {name: value for name, value in weights.items() if name.startswith(_LEGACY_PREFIXES)}
+    preprocessor = read_processor(folder / PREPROCESSOR_FILE)
+    found = _legacy_statistics(legacy) or _processor_statistics(folder, preprocessor)
+    # LeRobot scales as its processors say, whatever config.json says beside them.
+    norm_map = _processor_norm_map(preprocessor)
+    return act_from_lerobot(
+        config if norm_map is None else {**config, "normalization_mapping": norm_map},
+        {name: value for name, value in weights.items() if name not in legacy},
+        found or statistics or {},
+        folder,
+        relative_actions=_relative_actions(preprocessor, folder),
+        device=device,
+    )
+
+
+def act_from_lerobot(
+    config: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    statistics: Statistics,
+    source: Path,
+    relative_actions: bool = False,
+    device: str | torch.device = "cpu",
+) -> LeRobotACT:
+    """Build our ACT from what a LeRobot ACT is made of, in eval mode.
+
+    Args:
+        config: LeRobot's configuration, as in ``config.json``.
+        weights: LeRobot's weights (prefix ``model.``).
+        statistics: LeRobot feature key to statistics.
+        source: Folder or checkpoint that these come from, for messages.
+        relative_actions: Whether actions are relative to the state.
+        device: Where the policy goes.
+
+    Raises:
+        LeRobotFormatError: If they do not fit together, or a feature that must be scaled has no
+            statistics.
+    """
+    config_file = source / CONFIG_FILE if source.is_dir() else source
+    weights_file = source / WEIGHTS_FILE if source.is_dir() else source
+    inputs, action_dim = _features(config, config_file)
     cameras = {
         camera_name(key): [int(shape[1]), int(shape[2])]
         for key, (kind, shape) in inputs.items()
@@ -184,14 +224,10 @@ def load_lerobot_act(
     dims = {key: int(shape[0]) for key, (kind, shape) in inputs.items() if kind != "VISUAL"}
     if config.get("replace_final_stride_with_dilation"):
         raise LeRobotFormatError(
-            folder / CONFIG_FILE,
+            config_file,
             "replace_final_stride_with_dilation is true, which ResNet-18 does not support",
             "Export the policy without it",
         )
-    weights = read_safetensors(folder / WEIGHTS_FILE)
-    legacy = {name: value for name, value in weights.items() if name.startswith(_LEGACY_PREFIXES)}
-    preprocessor = read_processor(folder / PREPROCESSOR_FILE)
-    relative = _relative_actions(preprocessor)
     try:
         policy = ACTPolicy(
             cameras=cameras,
@@ -200,7 +236,7 @@ def load_lerobot_act(
             environment_state_dim=dims.get("observation.environment_state", 0),
             chunk_size=config["chunk_size"],
             n_action_steps=config["n_action_steps"],
-            relative_actions=relative,
+            relative_actions=relative_actions,
             use_latent=config.get("use_vae", True),
             latent_dim=config.get("latent_dim", 32),
             dim_model=config.get("dim_model", 512),
@@ -216,18 +252,15 @@ def load_lerobot_act(
         )
     except (KeyError, TypeError, ValueError) as error:
         raise LeRobotFormatError(
-            folder / CONFIG_FILE, f"cannot build an ACT from it ({error!r})", "Check the config"
+            config_file, f"cannot build an ACT from it ({error!r})", "Check the config"
         ) from error
     try:
-        load_lerobot_weights(
-            policy.network, {name: value for name, value in weights.items() if name not in legacy}
-        )
+        load_lerobot_weights(policy.network, weights)
     except ValueError as error:
         raise LeRobotFormatError(
-            folder / WEIGHTS_FILE, str(error), "The weights must belong to this config.json"
+            weights_file, str(error), "The weights must belong to this config.json"
         ) from error
-    found = _legacy_statistics(legacy) or _processor_statistics(folder, preprocessor)
-    _set_normaliser(policy, found or statistics or {}, _normalisation_modes(config), folder)
+    _set_normaliser(policy, statistics, _normalisation_modes(config), source)
     return LeRobotACT(
         policy=policy.to(device).eval(),
         temporal_ensemble_coeff=config.get("temporal_ensemble_coeff"),
@@ -258,7 +291,7 @@ def export_lerobot_act(
         raise LeRobotFormatError(
             folder,
             "LeRobot's ACT cannot represent this policy: " + "; ".join(problems),
-            "Train with a config that LeRobot knows, e.g. configs/experiment/act_pusht.yaml",
+            "Train with a config that LeRobot knows, e.g. configs/experiment/act_reference.yaml",
         )
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: choose another --output_dir")
@@ -394,7 +427,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _features(config: dict[str, Any], folder: Path) -> tuple[dict[str, tuple[str, list[int]]], int]:
+def _features(config: dict[str, Any], path: Path) -> tuple[dict[str, tuple[str, list[int]]], int]:
     """Input feature key to (kind, shape), and the action's dimensions; newer and older configs."""
     kinds = {"observation.state": "STATE", "observation.environment_state": "ENV"}
     try:
@@ -411,12 +444,19 @@ def _features(config: dict[str, Any], folder: Path) -> tuple[dict[str, tuple[str
             }
             outputs = config["output_shapes"]
         return inputs, int(outputs["action"][0])
-    except (KeyError, TypeError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise LeRobotFormatError(
-            folder / CONFIG_FILE,
+            path,
             f"input_features or output_features are missing or malformed ({error!r})",
             "Check the config",
         ) from error
+
+
+def _processor_norm_map(preprocessor: dict[str, Any] | None) -> dict[str, str] | None:
+    for step in [] if preprocessor is None else preprocessor.get("steps", []):
+        if step.get("registry_name") == "normalizer_processor":
+            return step.get("config", {}).get("norm_map")
+    return None
 
 
 def _normalisation_modes(config: dict[str, Any]) -> dict[str, str]:
@@ -426,6 +466,8 @@ def _normalisation_modes(config: dict[str, Any]) -> dict[str, str]:
             **config.get("input_normalization_modes", {}),
             **config.get("output_normalization_modes", {}),
         }
+        if not modes:
+            return dict.fromkeys(_KINDS, "MEAN_STD")  # the default of LeRobot's ACT
         kinds = {"observation.state": "STATE", "observation.environment_state": "ENV"}
         mapping = {
             "ACTION" if key == "action" else kinds.get(key, "VISUAL"): mode.upper()
@@ -434,11 +476,20 @@ def _normalisation_modes(config: dict[str, Any]) -> dict[str, str]:
     return {kind: mapping.get(kind, "IDENTITY") for kind in _KINDS}
 
 
-def _relative_actions(preprocessor: dict[str, Any] | None) -> bool:
+def _relative_actions(preprocessor: dict[str, Any] | None, folder: Path) -> bool:
     steps = [] if preprocessor is None else preprocessor.get("steps", [])
     for step in steps:
-        if step.get("registry_name") == "relative_actions_processor":
-            return bool(step.get("config", {}).get("enabled", False))
+        if step.get("registry_name") != "relative_actions_processor":
+            continue
+        settings = step.get("config", {})
+        excluded = settings.get("exclude_joints") if settings.get("action_names") else None
+        if settings.get("enabled") and excluded:
+            raise LeRobotFormatError(
+                folder / PREPROCESSOR_FILE,
+                f"actions are relative to the state in some dimensions only (not in {excluded})",
+                "Run this policy in LeRobot itself",
+            )
+        return bool(settings.get("enabled", False))
     return False
 
 
@@ -467,7 +518,9 @@ def _processor_statistics(folder: Path, preprocessor: dict[str, Any] | None) -> 
                 )
             for name, value in read_safetensors(path).items():
                 key, _, statistic = name.rpartition(".")
-                statistics.setdefault(_flat(key), {})[statistic] = value
+                # Inputs are scaled by the first pipeline, actions scaled back by the second.
+                if pipeline is preprocessor or key == "action":
+                    statistics.setdefault(_flat(key), {})[statistic] = value
     return statistics
 
 
@@ -485,8 +538,11 @@ def _affine(mode: str, values: Mapping[str, Tensor], eps: float) -> tuple[Tensor
         "QUANTILE10": ("q10", "q90"),
     }[mode]
     lower, upper = values[low].flatten(), values[high].flatten()
-    span = torch.where(upper == lower, torch.full_like(upper, LEROBOT_EPS), upper - lower)
-    return lower + span / 2, span / 2
+    half = (upper - lower) / 2
+    # LeRobot maps an input that never changed to -1, and an action that never changed to itself.
+    constant = half == 0
+    offset = torch.where(constant, lower + 1 if eps else lower, lower + half)
+    return offset, torch.where(constant, torch.ones_like(half) if eps else half + LEROBOT_EPS, half)
 
 
 def _set_normaliser(
@@ -515,7 +571,12 @@ def _set_normaliser(
         except KeyError:
             missing.append(f"{key} ({modes[kind]})")
             continue
-        feature.set(offset.float(), scale.float())
+        try:
+            feature.set(offset.float(), scale.float())
+        except ValueError as error:
+            raise LeRobotFormatError(
+                folder, f"{key}: {error}", "The statistics must belong to this config.json"
+            ) from error
     if missing:
         raise LeRobotFormatError(
             folder,
@@ -589,7 +650,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path)
-    # safetensors creates files that only the owner may read, whatever the umask.
+    apply_umask(path)
+
+
+def apply_umask(path: Path) -> None:
+    """Let a new file be read by whom the umask says; safetensors lets only its owner."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

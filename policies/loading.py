@@ -117,12 +117,15 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 def _load_checkpoint(path: Path, device: str | torch.device) -> LoadedPolicy:
     checkpoint = read_checkpoint(path)
-    return LoadedPolicy(
-        policy_from_checkpoint(checkpoint, path).to(device).eval(),
-        path,
-        "policyscope",
-        action_unit=checkpoint["hyper_parameters"].get("action_unit", "px"),
-    )
+    arguments = checkpoint.get("hyper_parameters", {})
+    coefficient = None
+    if "policy_type" in arguments:
+        from policies.lerobot_view import lerobot_policy_from_checkpoint
+
+        view, coefficient = lerobot_policy_from_checkpoint(checkpoint, path, device)
+    else:
+        view = policy_from_checkpoint(checkpoint, path).to(device).eval()
+    return LoadedPolicy(view, path, "policyscope", coefficient, arguments.get("action_unit", "px"))
 
 
 def policy_from_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> ACTPolicy:

@@ -1,0 +1,530 @@
+"""LeRobot's own policies (Diffusion Policy, VQ-BeT, ACT, ...) behind our stateless view.
+
+LeRobot's ``select_action`` keeps queues of observations and actions; a diagnostic that went through
+it would change what the policy does next and would see old plans. Here every prediction is a
+function of the observation it is given: the queues are neither read nor written.
+
+Chunk step 0 is the action for the newest observed instant. Diffusion Policy denoises a whole
+``horizon`` that begins ``n_obs_steps - 1`` steps earlier; the view returns the part from now on,
+``horizon - n_obs_steps + 1`` steps, of which LeRobot executes the first ``n_action_steps``.
+"""
+
+import contextlib
+import io
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from policies.backbones import to_unit_range
+from policies.checkpoint_files import CheckpointError
+from policies.interface import Batch, DataSchema, Observation
+from policies.lerobot_chunks import chunk_source
+from policies.lerobot_config import (
+    ENVIRONMENT_STATE_KEY,
+    STATE_KEY,
+    build_policy,
+    config_from_dict,
+    extras_explained,
+    missing_statistics,
+    refuse_without_chunks,
+    schema_of,
+)
+from policies.lerobot_format import (
+    CONFIG_FILE,
+    POSTPROCESSOR_FILE,
+    PREPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    LeRobotFormatError,
+    Statistics,
+    act_from_lerobot,
+    apply_umask,
+    image_key,
+    read_config,
+    read_processor,
+    read_safetensors,
+)
+
+if TYPE_CHECKING:
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.pretrained import PreTrainedPolicy
+    from lerobot.processor import PolicyProcessorPipeline
+
+    from policies.act import ACTPolicy
+
+CHECKPOINT_KEY = "lerobot"
+"""Entry of our checkpoints that holds a LeRobot policy's ``config`` and ``statistics``."""
+POLICY_PREFIX = "policy."
+"""Of the policy's weights in our checkpoints."""
+
+
+class LeRobotPolicyView:
+    """A LeRobot policy with its processors, as rollouts and diagnostics see it.
+
+    Predictions are deterministic: the noise of a stochastic policy is drawn from a generator that
+    is seeded with the observed state, so the same observation always gets the same chunk, whatever
+    else is in its batch (VQ-BeT: for the same batch), while noise is independent along an episode,
+    as in LeRobot.
+
+    Args:
+        policy: Any LeRobot policy that predicts chunks.
+        preprocessor: Its processor of observations, with statistics.
+        postprocessor: Its processor of actions.
+        seed: Of the noise, together with the observed state.
+        task: What a language-conditioned policy is told to do.
+
+    Raises:
+        ValueError: If the policy cannot answer an observation by itself.
+    """
+
+    def __init__(
+        self,
+        policy: "PreTrainedPolicy",
+        preprocessor: "PolicyProcessorPipeline",
+        postprocessor: "PolicyProcessorPipeline",
+        seed: int = 0,
+        task: str | None = None,
+    ):
+        self.policy = policy
+        self.preprocessor = preprocessor
+        self.postprocessor = postprocessor
+        self.seed = seed
+        self.task = task
+        self._data_schema = schema_of(policy.config)
+        self._chunks = chunk_source(policy)
+
+    @property
+    def data_schema(self) -> DataSchema:
+        """The data the policy was made for."""
+        return self._data_schema
+
+    @property
+    def chunk_size(self) -> int:
+        """Steps predicted from the observed instant on."""
+        return self._chunks.chunk_size
+
+    @property
+    def n_action_steps(self) -> int:
+        """Steps of a chunk that LeRobot executes before the next prediction."""
+        return self._chunks.n_action_steps
+
+    @property
+    def n_obs_steps(self) -> int:
+        """Steps of observation history; 1 means no ``obs_step`` axis."""
+        return self.policy.config.n_obs_steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy lives."""
+        return next(self.policy.parameters()).device
+
+    @torch.no_grad()
+    def predict_chunk(
+        self,
+        observation: Observation,
+        queries: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        noise: Float[Tensor, "batch horizon action"] | None = None,
+    ) -> Float[Tensor, "batch query action"]:
+        """Predict actions in data units.
+
+        Args:
+            observation: What the policy sees, on the policy's device.
+            queries: Chunk steps to return; all when None.
+            generator: Draw the noise of the whole batch from it, as LeRobot draws it from the
+                global one.
+            noise: Diffusion Policy's initial noise, in place of drawn noise.
+
+        Raises:
+            ValueError: If the observation lacks something or has the wrong shape, or a query lies
+                outside the chunk.
+        """
+        self._check_queries(queries)
+        batch = self._normalise(observation)
+        with _evaluating(self.policy):
+            encoded = self._chunks.encode(batch)
+            generators = generator or self._generators(observation)
+            chunk = self._chunks.sample(encoded, 1, generators, noise)
+        return self._to_data_units(chunk if queries is None else chunk[:, list(queries)])
+
+    @torch.no_grad()
+    def sample_chunks(
+        self,
+        observation: Observation,
+        n_samples: int,
+        generator: torch.Generator | None = None,
+        queries: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch sample query action"]:
+        """Draw several chunks per observation; the observation is encoded once (diffusion).
+
+        Sample j of every observation comes from the same noise (common random numbers), so that
+        differences between observations are theirs. VQ-BeT and others share it per batch only.
+
+        Args:
+            observation: What the policy sees, on the policy's device.
+            n_samples: Chunks per observation.
+            generator: Source of the noise; the view's seed when None.
+            queries: Chunk steps to return; all when None.
+
+        Raises:
+            ValueError: If the policy is deterministic, ``n_samples`` is not positive, or as in
+                :meth:`predict_chunk`.
+        """
+        if not self._chunks.is_random:
+            raise ValueError(
+                f"LeRobot's {self.policy.config.type} answers an observation in one way only: "
+                "there is nothing to sample (load its folder to get our ACT, which has a latent)"
+            )
+        if n_samples < 1:
+            raise ValueError(f"n_samples={n_samples} must be at least 1")
+        self._check_queries(queries)
+        batch = self._normalise(observation)
+        source = generator or torch.Generator().manual_seed(self.seed)
+        seeds = torch.randint(2**62, (n_samples,), generator=source, device=source.device).tolist()
+        n_observations = len(next(iter(observation.images.values()), observation.state))  # pyright: ignore[reportArgumentType]
+        streams = [torch.Generator().manual_seed(seed) for seed in seeds * n_observations]
+        with _evaluating(self.policy):
+            chunk = self._chunks.sample(self._chunks.encode(batch), n_samples, streams, None)
+        chunk = chunk if queries is None else chunk[:, list(queries)]
+        # All samples of an observation as one long chunk, so that relative actions find its state.
+        actions = self._to_data_units(
+            rearrange(
+                chunk,
+                "(batch sample) query action -> batch (sample query) action",
+                sample=n_samples,
+            )
+        )
+        return rearrange(
+            actions,
+            "batch (sample query) action -> batch sample query action",
+            sample=n_samples,
+        )
+
+    def training_batch(self, batch: Batch) -> dict[str, Any]:
+        """Give a batch the form that the policy's ``forward`` takes, normalised."""
+        values = self._observation_values(batch.observation)
+        values["action"] = batch.actions.float()
+        values["action_is_pad"] = batch.action_is_pad
+        return self._preprocess(values)
+
+    def export_lerobot(self, folder: Path) -> None:
+        """Write a folder that LeRobot loads, with ``save_pretrained`` of policy and processors.
+
+        Raises:
+            FileExistsError: If the folder holds something.
+        """
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty: choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.policy.config
+        kept = config.device, config.push_to_hub
+        config.device, config.push_to_hub = "cpu", False
+        try:
+            self.policy.save_pretrained(folder)
+        finally:
+            config.device, config.push_to_hub = kept
+        from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+
+        for pipeline, name in (
+            (self.preprocessor, PREPROCESSOR_FILE),
+            (self.postprocessor, POSTPROCESSOR_FILE),
+        ):
+            _place(pipeline, torch.device("cpu"))
+            steps: Sequence[Any] = pipeline.steps
+            for step in steps:
+                if isinstance(step, NormalizerProcessorStep | UnnormalizerProcessorStep):
+                    # LeRobot casts statistics to the type of the data, bf16 perhaps.
+                    step.to(device="cpu", dtype=torch.float32)
+            pipeline.save_pretrained(folder, config_filename=name)
+        for file in folder.glob("*.safetensors"):
+            apply_umask(file)
+
+    def _check_queries(self, queries: Sequence[int] | None) -> None:
+        if queries is not None and not all(0 <= query < self.chunk_size for query in queries):
+            raise ValueError(f"queries {list(queries)} must lie in 0..{self.chunk_size - 1}")
+
+    def _normalise(self, observation: Observation) -> dict[str, Any]:
+        return self._preprocess(self._observation_values(observation))
+
+    def _preprocess(self, values: dict[str, Any]) -> dict[str, Any]:
+        _place(self.preprocessor, self.device)
+        batch = self.preprocessor(values)
+        if self.n_obs_steps == 1 and self._chunks.needs_step_axis:
+            for key in self.policy.config.input_features or {}:
+                batch[key] = rearrange(batch[key], "batch ... -> batch 1 ...")
+        return batch
+
+    def _to_data_units(
+        self, actions: Float[Tensor, "batch query action"]
+    ) -> Float[Tensor, "batch query action"]:
+        _place(self.postprocessor, self.device)
+        return self.postprocessor(actions.float())
+
+    def _observation_values(self, observation: Observation) -> dict[str, Any]:
+        """Check an observation and give it LeRobot's keys, pictures in 0..1.
+
+        Raises:
+            ValueError: If something is missing or has the wrong shape.
+        """
+        schema = self._data_schema
+        leading = 1 if self.n_obs_steps == 1 else 2
+        values: dict[str, Any] = {}
+        for camera, size in schema.cameras.items():
+            if camera not in observation.images:
+                raise ValueError(
+                    f"camera {camera!r} is missing; the observation has {list(observation.images)}"
+                )
+            image = observation.images[camera]
+            self._check_shape(f"camera {camera!r}", image, leading, (3, *size))
+            values[image_key(camera)] = to_unit_range(image)
+        for key, dim, value in (
+            (STATE_KEY, schema.state_dim, observation.state),
+            (
+                ENVIRONMENT_STATE_KEY,
+                schema.environment_state_dim,
+                observation.environment_state,
+            ),
+        ):
+            if not dim:
+                continue
+            if value is None:
+                raise ValueError(f"the policy reads {key}, but the observation has none")
+            self._check_shape(key, value, leading, (dim,))
+            values[key] = value.float()
+        if self.task is not None:
+            values["task"] = [self.task] * len(next(iter(values.values())))
+        return values
+
+    def _check_shape(self, name: str, value: Tensor, leading: int, shape: tuple[int, ...]) -> None:
+        steps_fit = leading == 1 or (value.ndim > 1 and value.shape[1] == self.n_obs_steps)
+        if value.ndim != leading + len(shape) or value.shape[leading:] != shape or not steps_fit:
+            axes = "batch" if leading == 1 else f"batch, n_obs_steps={self.n_obs_steps}"
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; the policy was made for ({axes}) + {shape}"
+            )
+
+    def _generators(self, observation: Observation) -> list[torch.Generator]:
+        """One generator per row, seeded by what is observed there."""
+        seen = observation.state
+        if seen is None:
+            seen = next(iter(observation.images.values()))
+        rows = seen.detach().cpu().contiguous()
+        return [
+            torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes(), self.seed))
+            for row in rows
+        ]
+
+
+def load_lerobot_policy(
+    folder: Path, device: str | torch.device = "cpu", seed: int = 0, task: str | None = None
+) -> LeRobotPolicyView:
+    """Load a folder that LeRobot wrote, in eval mode, scaled by the folder's own statistics.
+
+    Args:
+        folder: With ``config.json``, ``model.safetensors`` and both processors.
+        device: Where the policy goes.
+        seed: Of the noise of stochastic policies.
+        task: What a language-conditioned policy is told to do.
+
+    Raises:
+        LeRobotFormatError: If a file is missing or damaged, weights do not fit, a feature has no
+            statistics, or the policy needs packages that are not installed.
+    """
+    values = read_config(folder)
+    for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
+        if not (folder / name).is_file():
+            raise LeRobotFormatError(
+                folder / name,
+                "no such file: the policy was saved before LeRobot 0.4, or not completely",
+                "Convert it: python -m lerobot.processor.migrate_policy_normalization "
+                f"--pretrained-path {folder}",
+            )
+    weights = read_safetensors(folder / WEIGHTS_FILE)
+    config = config_from_dict(values, folder / CONFIG_FILE)
+    try:
+        refuse_without_chunks(config)
+    except ValueError as error:
+        raise LeRobotFormatError(folder / CONFIG_FILE, str(error), "Load another policy") from error
+    with extras_explained(folder / CONFIG_FILE, config.type):
+        policy = _with_weights(config, weights, folder)
+        preprocessor, postprocessor = _read_processors(config, folder)
+    missing = missing_statistics(config, _statistics_of(preprocessor))
+    missing += [m for m in _missing_for_actions(config, postprocessor) if m not in missing]
+    if missing:
+        raise LeRobotFormatError(
+            folder,
+            f"no statistics for {', '.join(missing)}; LeRobot would pass them through unscaled",
+            "Restore the processors' safetensors files",
+        )
+    return LeRobotPolicyView(policy.to(device).eval(), preprocessor, postprocessor, seed, task)
+
+
+def processors_for(
+    config: "PreTrainedConfig", statistics: Statistics
+) -> tuple["PolicyProcessorPipeline", "PolicyProcessorPipeline"]:
+    """Make a new policy's processors.
+
+    Raises:
+        ValueError: If a feature that must be scaled has no statistics.
+    """
+    missing = missing_statistics(config, statistics)
+    if missing:
+        raise ValueError(
+            f"no statistics for {', '.join(missing)}; choose another mode in "
+            "policy_config.normalization_mapping, e.g. MEAN_STD or MIN_MAX"
+        )
+    from lerobot.policies.factory import make_pre_post_processors
+
+    return make_pre_post_processors(config, dataset_stats=statistics)  # pyright: ignore[reportArgumentType]
+
+
+def lerobot_policy_from_checkpoint(
+    checkpoint: Mapping[str, Any], path: Path, device: str | torch.device = "cpu"
+) -> "tuple[LeRobotPolicyView | ACTPolicy, float | None]":
+    """Rebuild a policy from a checkpoint of ``LeRobotPolicyModule``.
+
+    LeRobot's ACT comes back as ours, which equals it and lets diagnostics look inside.
+
+    Returns:
+        The policy in eval mode, and the temporal ensembling coefficient it is configured with.
+
+    Raises:
+        CheckpointError: If the checkpoint holds no LeRobot policy.
+        LeRobotFormatError: If its parts do not fit together.
+    """
+    saved = checkpoint.get(CHECKPOINT_KEY)
+    weights = {
+        name.removeprefix(POLICY_PREFIX): value
+        for name, value in checkpoint.get("state_dict", {}).items()
+        if name.startswith(POLICY_PREFIX)
+    }
+    if saved is None or not weights:
+        raise CheckpointError(
+            f"{path}: it holds no LeRobot policy; give a checkpoint of a LeRobotPolicyModule run"
+        )
+    if saved["config"]["type"] == "act":
+        loaded = act_from_lerobot(
+            saved["config"], weights, saved["statistics"], path, device=device
+        )
+        return loaded.policy, loaded.temporal_ensemble_coeff
+    config = config_from_dict(saved["config"], path)
+    policy = build_policy(config)
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: the weights do not fit the policy ({shorten(str(error), 400)})"
+        ) from error
+    processors = processors_for(config, saved["statistics"])
+    return LeRobotPolicyView(policy.to(device).eval(), *processors), None
+
+
+def _with_weights(
+    config: "PreTrainedConfig", weights: Mapping[str, Tensor], folder: Path
+) -> "PreTrainedPolicy":
+    from lerobot.policies.factory import get_policy_class
+    from lerobot.policies.pretrained import PreTrainedPolicy
+    from safetensors.torch import load_model
+
+    policy_class = get_policy_class(config.type)
+    if policy_class.from_pretrained.__func__ is not PreTrainedPolicy.from_pretrained.__func__:
+        # Some policies rename weights while loading; LeRobot prints what it does.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return policy_class.from_pretrained(folder, config=config)
+    policy = policy_class(config)
+    legacy = [name for name in weights if ".buffer_" in name]
+    if legacy:
+        raise LeRobotFormatError(
+            folder / WEIGHTS_FILE,
+            f"statistics lie among the weights ({legacy[0]}), as before LeRobot 0.4",
+            "Convert it: python -m lerobot.processor.migrate_policy_normalization "
+            f"--pretrained-path {folder}",
+        )
+    try:
+        # LeRobot itself loads leniently: a misnamed tensor would stay random.
+        load_model(policy, folder / WEIGHTS_FILE, strict=True)
+    except RuntimeError as error:
+        raise LeRobotFormatError(
+            folder / WEIGHTS_FILE,
+            shorten(str(error), 400),
+            "The weights must belong to this config.json",
+        ) from error
+    return policy
+
+
+def _read_processors(
+    config: "PreTrainedConfig", folder: Path
+) -> tuple["PolicyProcessorPipeline", "PolicyProcessorPipeline"]:
+    from lerobot.policies.factory import make_pre_post_processors
+
+    overrides: list[dict[str, Any]] = []
+    for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
+        steps = (read_processor(folder / name) or {}).get("steps", [])
+        for step in steps:
+            if step.get("state_file"):
+                read_safetensors(folder / step["state_file"])
+        # A policy saved on a GPU must load without one.
+        moves = any(step.get("registry_name") == "device_processor" for step in steps)
+        overrides.append({"device_processor": {"device": "cpu"}} if moves else {})
+    try:
+        return make_pre_post_processors(
+            config,
+            pretrained_path=str(folder),
+            preprocessor_overrides=overrides[0],
+            postprocessor_overrides=overrides[1],
+        )
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise LeRobotFormatError(
+            folder, f"LeRobot cannot read its processors ({error})", "Copy the whole folder again"
+        ) from error
+
+
+def _statistics_of(pipeline: "PolicyProcessorPipeline") -> Statistics:
+    """Statistics that a pipeline's scaling steps hold."""
+    from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+
+    statistics: Statistics = {}
+    for step in pipeline.steps:
+        if isinstance(step, NormalizerProcessorStep | UnnormalizerProcessorStep):
+            for name, value in step.state_dict().items():
+                key, _, statistic = name.rpartition(".")
+                statistics.setdefault(key, {})[statistic] = value
+    return statistics
+
+
+def _missing_for_actions(
+    config: "PreTrainedConfig", postprocessor: "PolicyProcessorPipeline"
+) -> list[str]:
+    missing = missing_statistics(config, _statistics_of(postprocessor))
+    return [text for text in missing if text.startswith("action ")]
+
+
+def _place(pipeline: "PolicyProcessorPipeline", device: torch.device) -> None:
+    """Let a pipeline work on ``device``: Lightning and callers move policies at will."""
+    from lerobot.processor import DeviceProcessorStep
+
+    steps: Sequence[Any] = pipeline.steps
+    pipeline.steps = [
+        DeviceProcessorStep(device=str(device), float_dtype=step.float_dtype)
+        if isinstance(step, DeviceProcessorStep) and step.tensor_device != device
+        else step
+        for step in steps
+    ]
+
+
+@contextlib.contextmanager
+def _evaluating(policy: nn.Module) -> Iterator[None]:
+    """Switch to eval mode (no dropout, central crops), then back, module by module."""
+    training = [module for module in policy.modules() if module.training]
+    policy.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
