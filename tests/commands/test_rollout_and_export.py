@@ -8,7 +8,8 @@ import torch
 import analyze
 from callbacks.checkpoints import AtomicCheckpointIO
 from commands.rollout import variants
-from lightning_modules.act import SCHEMA_KEY, ActModule
+from lightning_modules.act import ActModule
+from lightning_modules.data_schema import SCHEMA_KEY
 from policies.checkpoint_files import CHECKPOINT_FORMAT, MARK_KEY
 from policies.lerobot_format import load_lerobot_act
 from policies.loading import LoadedPolicy, load_policy
