@@ -3,8 +3,8 @@
     python benchmarks/act_step.py --threads 2 --rounds 9
 
 Both run forward, backward, gradient clipping and AdamW at LeRobot's defaults (51.6 M parameters,
-96 x 96 px, chunk 100, batch 8, float32). A third row runs only LeRobot's matrix work (its GEMMs and
-convolutions alone) as a floor for the unabridged computation.
+96 x 96 px, chunk 100, batch 8, float32). The floor is what the multiplications alone would take:
+FLOPs of forward and backward, counted, over the best rate of the feed-forward layer's own GEMM.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.optimisation import ParameterGroup, build_adamw
 from policies.act import ACTPolicy
@@ -50,6 +51,17 @@ def our_policy(theirs):
         if hasattr(module, "offset"):
             module.set(torch.zeros_like(module.offset), torch.ones_like(module.scale))
     return ours.train()
+
+
+def gemm_gflops(rows):
+    """Best rate of the feed-forward layer's matrix product, in GFLOP/s, at the set thread count."""
+    x, weight = torch.randn(rows, 512), torch.randn(3200, 512)
+    seconds = []
+    for _ in range(60):
+        begin = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * rows * 512 * 3200 / min(seconds) / 1e9
 
 
 def main():
@@ -111,6 +123,17 @@ def main():
             "max_wall_s": max(walls),
         }
         print(name, {key: round(value, 4) for key, value in result[name].items()})
+    for name, run in (("lerobot", their_step), ("policyscope", our_step)):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        result[name]["gflop"] = counter.get_total_flops() / 1e9
+    rate = gemm_gflops(size * CHUNK)
+    result["gemm_gflops"] = rate
+    for name in times:
+        floor = result[name]["gflop"] / rate
+        result[name]["floor_s"] = floor
+        share = floor / result[name]["median_wall_s"]
+        print(f"{name}: {result[name]['gflop']:.0f} GFLOP, floor {floor:.3f} s, {share:.0%} of it")
     result["speedup_wall"] = (
         result["lerobot"]["median_wall_s"] / result["policyscope"]["median_wall_s"]
     )
