@@ -171,6 +171,11 @@ class DemonstrationDataModule(LightningDataModule):
         return {name: list(size) for name, size in self.data_schema.cameras.items()}
 
     @property
+    def stored_cameras(self) -> dict[str, tuple[int, int]]:
+        """Cameras whose pictures the store holds, to (height, width) in px."""
+        return self.data_schema.cameras
+
+    @property
     def state_dim(self) -> int:
         """Dimensions of qpos; 0 for none."""
         return self.data_schema.state_dim
@@ -269,7 +274,7 @@ class DemonstrationDataModule(LightningDataModule):
                 f"{longest} or less"
             )
         shapes = StoreShapes(
-            cameras=dict(self.data_schema.cameras),
+            cameras=dict(self.stored_cameras),
             columns=dict(source.columns),
             episode_numbers=tuple(numbers),
             episode_lengths=tuple(source.episode_lengths[number] for number in numbers),
@@ -325,12 +330,8 @@ class DemonstrationDataModule(LightningDataModule):
         """Shuffled batches; unshuffled when Lightning overfits some batches."""
         trainer = self.trainer
         if self._train_sampler is None:
-            self._train_sampler = EpochBatchSampler(
-                len(self.train_dataset),
-                self.batch_size,
-                self.seed,
+            self._train_sampler = self.train_sampler(
                 shuffle=not getattr(trainer, "overfit_batches", 0),
-                drop_last=self.drop_last,
                 rank=0 if trainer is None else trainer.global_rank,
                 world_size=1 if trainer is None else trainer.world_size,
             )
@@ -341,6 +342,18 @@ class DemonstrationDataModule(LightningDataModule):
                 # Workers fetch the first batches before Lightning sets the epoch.
                 self._train_sampler.set_epoch(trainer.current_epoch)
         return self._loader(self.train_dataset, self._train_sampler)
+
+    def train_sampler(self, shuffle: bool, rank: int, world_size: int) -> EpochBatchSampler:
+        """Order of the training samples; made once per run."""
+        return EpochBatchSampler(
+            len(self.train_dataset),
+            self.batch_size,
+            self.seed,
+            shuffle=shuffle,
+            drop_last=self.drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def val_dataloader(self) -> DataLoader | list:
         """Held-out episodes in order of time; an empty list when there are none."""

@@ -120,6 +120,18 @@ class FrameStore:
         return digest.hexdigest()[:32]
 
 
+def resize_into(
+    row: UInt8[np.ndarray, "height width 3"], frame: UInt8[np.ndarray, "_height _width 3"]
+) -> None:
+    """Write a picture of any size into one of the stored size, by area averaging."""
+    import cv2
+
+    height, width = row.shape[:2]
+    shrinks = height <= frame.shape[0] and width <= frame.shape[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    cv2.resize(np.ascontiguousarray(frame), (width, height), dst=row, interpolation=how)
+
+
 class FrameWriter:
     """Hands a reader the places to write to."""
 
@@ -161,13 +173,8 @@ class FrameWriter:
         if frames.shape[1:] == rows.shape[1:]:
             rows[:] = frames
             return
-        import cv2
-
-        height, width = rows.shape[1:3]
-        shrinks = height <= frames.shape[1] and width <= frames.shape[2]
-        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         for row, frame in zip(rows, frames, strict=True):
-            cv2.resize(np.ascontiguousarray(frame), (width, height), dst=row, interpolation=how)
+            resize_into(row, frame)
 
     def write_column(
         self, column: str, start: int, values: Float32[np.ndarray, "frame dim"]

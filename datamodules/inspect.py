@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import h5py
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float32, UInt8
 
+from datamodules import lerobot_files
 from datamodules.errors import DatasetError, Problem, problem_lines
 from datamodules.hdf5_frames import check_pictures, sample_pictures
 from datamodules.layouts import LAYOUTS, ForeignStorageError, member
@@ -55,6 +57,31 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Video:
+    """The films of one camera of a LeRobot data set."""
+
+    key: str
+    codec: str
+    """With the format of its pixels, as the first file says."""
+    height: int
+    width: int
+    fps: float
+    files: int
+    frames: int
+    """Of all files, as their headers say."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class LeRobotScan:
+    """What :func:`draw_strip` needs of a LeRobot data set."""
+
+    folder: lerobot_files.Folder
+    episodes: tuple[lerobot_files.Episode, ...]
+    """Those with readable tables and all films."""
+
+
+@dataclass(frozen=True)
 class Inspection:
     """Everything that ``inspect`` says, as plain values."""
 
@@ -74,6 +101,7 @@ class Inspection:
     fps: float | None = None
     cameras: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Name to (height, width) in px."""
+    videos: list[Video] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
     columns: dict[str, Column] = field(default_factory=dict)
     simulator_state: bool = False
@@ -92,21 +120,22 @@ class Inspection:
 
 def inspect_dataset(
     path: str | Path, layout: str = "auto", read_pictures: bool = True, progress: bool = True
-) -> tuple[Inspection, Scan | None]:
+) -> tuple[Inspection, Scan | LeRobotScan | None]:
     """Look through a data set.
 
     Args:
-        path: HDF5 file, folder of HDF5 files, or LeRobot folder.
-        layout: A known layout, or ``auto``.
+        path: HDF5 file, folder of HDF5 files, LeRobot folder, or its name on the hub.
+        layout: A known layout of HDF5, or ``auto``.
         read_pictures: Read every picture, instead of a sample per camera.
         progress: Show a bar when a person is watching.
 
     Returns:
-        What was found, and the scan of an HDF5 data set for pictures of it.
+        What was found, and the scan for pictures of it.
     """
-    path = Path(path).expanduser()
-    if (path / "meta" / "info.json").is_file():
-        return inspect_lerobot(path), None
+    name, path = str(path), Path(path).expanduser()
+    on_hub = not path.exists() and lerobot_files.is_hub_id(name)
+    if on_hub or (path / lerobot_files.INFO).is_file():
+        return inspect_lerobot(name, read_pictures, progress)
     try:
         scan = scan_hdf5(path, layout)
     except DatasetError as error:
@@ -120,8 +149,9 @@ def inspect_dataset(
         warnings += _dead_cameras(scan, problems)
     keys = _keys(scan, warnings)
     columns = _columns(scan)
-    warnings += _saturation(scan)
-    lag = _action_state_lag(scan, warnings)
+    values = [episode.columns for episode in scan.episodes]
+    warnings += _saturation(values)
+    lag = _action_state_lag(values, warnings, "action_offset")
     lengths = [episode.length for episode in scan.episodes] or [0]
     frame_bytes = sum(camera.height * camera.width * 3 for camera in scan.cameras.values())
     frame_bytes += 4 * sum(len(column.min) for column in columns.values())
@@ -155,49 +185,141 @@ def inspect_dataset(
     return inspection, scan
 
 
-def inspect_lerobot(path: Path) -> Inspection:
-    """Read the facts of a LeRobot folder from ``meta/info.json``."""
-    file = path / "meta" / "info.json"
+def inspect_lerobot(
+    repo_id: str, read_pictures: bool = True, progress: bool = True
+) -> tuple[Inspection, LeRobotScan | None]:
+    """Look through a LeRobotDataset v3.x.
 
-    def refuse(key: str, what: str, mend: str) -> Inspection:
-        return Inspection(str(path), "lerobot", problems=[Problem(str(file), key, what, mend)])
+    Args:
+        repo_id: Folder, or name on the hub, from where everything is fetched.
+        read_pictures: Read every picture, instead of a sample per camera.
+        progress: Show a bar when a person is watching.
 
-    again = "download the data set again"
+    Returns:
+        What was found, and the scan for pictures of it.
+    """
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return refuse("", f"is not readable JSON ({error})", again)
-    version = str(info.get("codebase_version", "")) if isinstance(info, dict) else ""
-    if not version.startswith("v3."):
-        mend = again
-        if version.startswith(("v1.", "v2.")):
-            mend = "convert it with lerobot.scripts.convert_dataset_v21_to_v30"
-        return refuse("codebase_version", f"is {version!r}; supported is v3.x", mend)
-    try:
-        features = {
-            name: (tuple(int(size) for size in feature["shape"]), str(feature["dtype"]))
-            for name, feature in info["features"].items()
-        }
-        episodes, frames = int(info["total_episodes"]), int(info["total_frames"])
-        fps = float(info["fps"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return refuse("", f"lacks an entry or holds a wrong one ({error!r})", again)
-    return Inspection(
-        path=str(path),
-        format="lerobot",
-        layout=f"LeRobotDataset {version}",
-        episodes=episodes,
-        frames=frames,
-        length_mean=frames / max(1, episodes),
-        fps=fps,
-        cameras={
-            name: (shape[0], shape[1])
-            for name, (shape, dtype) in features.items()
-            if dtype in ("image", "video") and len(shape) == 3
-        },
-        keys=[Key(name, shape, dtype, None, (), 0, 0) for name, (shape, dtype) in features.items()],
-        notes=["only meta/info.json was read; tables and videos were not checked"],
+        folder = lerobot_files.read_folder(lerobot_files.find_folder(repo_id), repo_id)
+        numbers, cameras = list(folder.episodes), list(folder.cameras)
+        lerobot_files.fetch_files(folder, repo_id, numbers, cameras)
+    except DatasetError as error:
+        return Inspection(repo_id, "lerobot", problems=list(error.problems)), None
+    low_dim = [key for key in folder.vectors if key.startswith(("observation.", "action"))]
+    problems = lerobot_files.missing_files(folder, numbers, cameras)
+    tables = lerobot_files.read_tables(folder, numbers, low_dim)
+    problems += tables.problems
+    warnings, notes = list(folder.warnings), list(folder.notes)
+    if lerobot_files.ACTION not in folder.vectors:
+        what, mend = "no such feature of numbers", "policies learn actions: record them"
+        problems.append(Problem(str(folder.root / lerobot_files.INFO), "action", what, mend))
+    if lerobot_files.ENVIRONMENT_STATE in folder.vectors:
+        notes.append(
+            f"{lerobot_files.ENVIRONMENT_STATE} is privileged: it may reset a simulator here, and "
+            "is no input of a policy unless use_environment_state is set"
+        )
+    readable = tuple(
+        episode
+        for episode in tables.episodes.values()
+        if all(span.file.is_file() for span in episode.entry.videos.values())
     )
+    scan = LeRobotScan(folder, readable)
+    if readable and read_pictures:
+        total = sum(episode.length for episode in readable) * len(cameras)
+        with progress_bar("Reading every picture", total, progress) as advance:
+            problems += lerobot_files.check_pictures(folder, readable, advance)
+    if readable:
+        warnings += _dead_cameras(scan, problems)
+    videos = _videos(scan, warnings)
+    named = {"action": lerobot_files.ACTION, "state": lerobot_files.STATE}
+    values = [
+        {name: episode.columns[key] for name, key in named.items() if key in episode.columns}
+        for episode in readable
+    ]
+    lag = None
+    if lerobot_files.ACTION in folder.vectors:
+        warnings += _saturation(values)
+        lag = _action_state_lag(values, warnings, "action_start")
+    bad = set(folder.episodes) - {episode.number for episode in readable}
+    bad |= {problem.episode for problem in problems if problem.episode is not None}
+    lengths = [entry.length for entry in folder.episodes.values()]
+    files = {
+        file for file in lerobot_files.needed_files(folder, numbers, cameras) if file.is_file()
+    }
+    pixels = sum(camera.height * camera.width * 3 for camera in folder.cameras.values())
+    stored = {*named.values(), lerobot_files.SIMULATOR_STATE}
+    if lerobot_files.SIMULATOR_STATE not in folder.vectors:
+        stored.add(lerobot_files.ENVIRONMENT_STATE)
+    dims = sum(folder.vectors.get(key, 0) for key in stored)
+    masks = {name: len(mask) for name, mask in folder.masks.items()}
+    inspection = Inspection(
+        path=repo_id,
+        format="lerobot",
+        layout=f"LeRobotDataset {folder.version}",
+        files=len(files),
+        file_bytes=sum(file.stat().st_size for file in files),
+        episodes=len(set(folder.episodes) - bad),
+        bad_episodes=len(bad),
+        frames=sum(lengths),
+        length_min=min(lengths),
+        length_mean=float(np.mean(lengths)),
+        length_max=max(lengths),
+        fps=folder.fps,
+        cameras={key: (camera.height, camera.width) for key, camera in folder.cameras.items()},
+        videos=videos,
+        keys=[
+            Key(key, shape, dtype, None, (), 0, 0)
+            for key, (dtype, shape) in folder.features.items()
+        ],
+        columns={
+            key: _column([episode.columns[key] for episode in readable], tables.not_finite[key])
+            for key in low_dim
+            if readable
+        },
+        simulator_state=bool(
+            {lerobot_files.SIMULATOR_STATE, lerobot_files.ENVIRONMENT_STATE} & folder.vectors.keys()
+        ),
+        masks=masks if len(masks) == 2 else {},
+        action_state_lag=lag,
+        ram_bytes=sum(lengths) * (pixels + 4 * dims),
+        notes=notes,
+        warnings=warnings,
+        problems=problems,
+    )
+    return inspection, scan
+
+
+def _videos(scan: LeRobotScan, warnings: list[str]) -> list[Video]:
+    """Headers of the films; unreadable ones are left to the check of the pictures."""
+    videos = []
+    for key, camera in scan.folder.cameras.items():
+        if camera.kind != "video":
+            continue
+        spans = [entry.videos[key] for entry in scan.folder.episodes.values()]
+        files = sorted({span.file for span in spans if span.file.is_file()})
+        facts = []
+        for file in files:
+            with suppress(DatasetError):
+                facts.append(lerobot_files.film_facts(file))
+        if not facts:
+            continue
+        first = facts[0]
+        videos.append(
+            Video(
+                key,
+                first.codec,
+                first.height,
+                first.width,
+                first.fps,
+                len(files),
+                sum(fact.frames for fact in facts),
+                sum(file.stat().st_size for file in files),
+            )
+        )
+        if abs(first.fps - scan.folder.fps) > 0.01 * scan.folder.fps:
+            warnings.append(
+                f"{key}: the films run at {first.fps:g} Hz, the tables at {scan.folder.fps:g} Hz"
+            )
+    return videos
 
 
 def _keys(scan: Scan, warnings: list[str]) -> list[Key]:
@@ -248,8 +370,15 @@ def _amplification(key: Key) -> float:
     return float(pieces * np.prod(key.chunks) / np.prod(key.shape[1:]))
 
 
-def _joined(scan: Scan, column: str) -> Float[np.ndarray, "frame dim"]:
-    return np.concatenate([episode.columns[column] for episode in scan.episodes]).astype(float)
+def _column(values: Sequence[Float32[np.ndarray, "_step dim"]], not_finite: int) -> Column:
+    joined = np.concatenate(values).astype(float)
+    return Column(
+        joined.min(axis=0).tolist(),
+        joined.max(axis=0).tolist(),
+        joined.mean(axis=0).tolist(),
+        joined.std(axis=0).tolist(),
+        not_finite,
+    )
 
 
 def _columns(scan: Scan) -> dict[str, Column]:
@@ -262,25 +391,37 @@ def _columns(scan: Scan) -> dict[str, Column]:
         "environment_state": schema.environment_state,
         "simulator_state": (schema.simulator_state,) if schema.simulator_state else (),
     }
-    columns = {}
-    for name in scan.episodes[0].columns:
-        values = _joined(scan, name)
-        columns[name] = Column(
-            values.min(axis=0).tolist(),
-            values.max(axis=0).tolist(),
-            values.mean(axis=0).tolist(),
-            values.std(axis=0).tolist(),
+    return {
+        name: _column(
+            [episode.columns[name] for episode in scan.episodes],
             sum(scan.not_finite.get(path, 0) for path in paths[name]),
         )
-    return columns
+        for name in scan.episodes[0].columns
+    }
 
 
-def _dead_cameras(scan: Scan, problems: list[Problem]) -> list[str]:
+Samples = list[tuple[int, int, UInt8[np.ndarray, "height width 3"]]]
+
+
+def _samples(scan: Scan | LeRobotScan, camera: str) -> Samples:
+    """Some frames of a camera, spread over the data set."""
+    if isinstance(scan, Scan):
+        return sample_pictures(scan, scan.cameras[camera], _STRIP_FRAMES)
+    return lerobot_files.sample_pictures(
+        scan.folder, scan.episodes, scan.folder.cameras[camera], _STRIP_FRAMES
+    )
+
+
+def _camera_names(scan: Scan | LeRobotScan) -> list[str]:
+    return list(scan.cameras if isinstance(scan, Scan) else scan.folder.cameras)
+
+
+def _dead_cameras(scan: Scan | LeRobotScan, problems: list[Problem]) -> list[str]:
     warnings = []
     damaged = {str(problem) for problem in problems}
-    for name, camera in scan.cameras.items():
+    for name in _camera_names(scan):
         try:
-            pictures = [picture for _, _, picture in sample_pictures(scan, camera, _STRIP_FRAMES)]
+            pictures = [picture for _, _, picture in _samples(scan, name)]
         except DatasetError as error:
             problems += [problem for problem in error.problems if str(problem) not in damaged]
             continue
@@ -293,10 +434,10 @@ def _dead_cameras(scan: Scan, problems: list[Problem]) -> list[str]:
     return warnings
 
 
-def _saturation(scan: Scan) -> list[str]:
-    if not scan.episodes:
+def _saturation(episodes: Sequence[Mapping[str, Float32[np.ndarray, "_step _dim"]]]) -> list[str]:
+    if not episodes:
         return []
-    actions = _joined(scan, "action")
+    actions = np.concatenate([episode["action"] for episode in episodes]).astype(float)
     warnings = []
     for dim, values in enumerate(actions.T):
         if len(np.unique(values)) <= _DISCRETE_VALUES:
@@ -311,19 +452,23 @@ def _saturation(scan: Scan) -> list[str]:
     return warnings
 
 
-def _action_state_lag(scan: Scan, warnings: list[str]) -> int | None:
+def _action_state_lag(
+    episodes: Sequence[Mapping[str, Float32[np.ndarray, "_step _dim"]]],
+    warnings: list[str],
+    remedy: str,
+) -> int | None:
     """Lag at which changes of the state correlate best with changes of the action."""
-    if not scan.episodes or "state" not in scan.episodes[0].columns:
+    if not episodes or "state" not in episodes[0]:
         return None
-    first = scan.episodes[0].columns
+    first = episodes[0]
     if first["state"].shape[1] != first["action"].shape[1]:
         return None
     best, best_correlation = None, 0.3
     for lag in _LAGS:
         moves: list[tuple[np.ndarray, np.ndarray]] = []
-        for episode in scan.episodes:
-            action = np.diff(episode.columns["action"], axis=0)
-            state = np.diff(episode.columns["state"], axis=0)
+        for episode in episodes:
+            action = np.diff(episode["action"], axis=0)
+            state = np.diff(episode["state"], axis=0)
             steps = len(action) - abs(lag)
             if steps > 0:
                 moves.append((action[max(0, -lag) :][:steps], state[max(0, lag) :][:steps]))
@@ -341,22 +486,23 @@ def _action_state_lag(scan: Scan, warnings: list[str]) -> int | None:
     if best is not None and best < 0:
         warnings.append(
             f"the state moves {-best} step(s) before the action: an observation already shows the "
-            f"outcome of its action. If that is how it was recorded, declare action_offset: {-best}"
+            f"outcome of its action. If that is how it was recorded, declare {remedy}: {-best}"
         )
     return best
 
 
-def draw_strip(scan: Scan) -> UInt8[np.ndarray, "height width 3"]:
+def draw_strip(scan: Scan | LeRobotScan) -> UInt8[np.ndarray, "height width 3"]:
     """Frames spread over the data set, one row per camera, labelled camera, episode and frame."""
     import cv2
 
     font = cv2.FONT_HERSHEY_SIMPLEX
     rows = []
-    for name, camera in scan.cameras.items():
+    for name in _camera_names(scan):
         tiles = []
-        for episode, frame, picture in sample_pictures(scan, camera, _STRIP_FRAMES):
-            width = max(1, round(camera.width * _STRIP_HEIGHT_PX / camera.height))
-            how = cv2.INTER_AREA if camera.height > _STRIP_HEIGHT_PX else cv2.INTER_NEAREST
+        for episode, frame, picture in _samples(scan, name):
+            height = picture.shape[0]
+            width = max(1, round(picture.shape[1] * _STRIP_HEIGHT_PX / height))
+            how = cv2.INTER_AREA if height > _STRIP_HEIGHT_PX else cv2.INTER_NEAREST
             tile = cv2.resize(
                 np.ascontiguousarray(picture), (width, _STRIP_HEIGHT_PX), interpolation=how
             )
@@ -385,8 +531,9 @@ def report(inspection: Inspection) -> str:
     """The inspection as text for a terminal."""
     found = inspection
     lines = [found.path]
-    if found.format == "lerobot" and not found.problems:
+    if found.format == "lerobot" and found.layout:
         lines.append(f"  format    {found.layout}: a LeRobot data set, not HDF5")
+        lines.append(f"  files     {found.files}, {_size(found.file_bytes)}")
     elif found.layout:
         about = LAYOUTS[found.layout].summary if found.layout in LAYOUTS else "from a schema"
         lines.append(f"  layout    {found.layout} ({about})")
@@ -403,7 +550,13 @@ def report(inspection: Inspection) -> str:
         lines.append(f"  fps       {fps}")
         for name, (height, width) in found.cameras.items():
             lines.append(f"  camera    {name}: {width} x {height} px (width x height)")
-    if found.format == "hdf5" and found.episodes:
+        for video in found.videos:
+            lines.append(
+                f"  film      {video.key}: {video.codec}, {video.width} x {video.height} px, "
+                f"{video.fps:g} Hz, {video.frames} frames in {video.files} file(s), "
+                f"{_size(video.nbytes)}"
+            )
+    if found.episodes:
         with_state = "yes" if found.simulator_state else "no"
         lines.append(f"  simulator state  {with_state}")
         for name, count in found.masks.items():
@@ -517,7 +670,7 @@ def run(args: argparse.Namespace) -> int:
         targets["inspect.json"].parent.mkdir(parents=True, exist_ok=True)
         targets["inspect.json"].write_text(document + "\n", encoding="utf-8")
         written.append(targets["inspect.json"])
-        if scan is not None and scan.episodes and scan.cameras:
+        if scan is not None and scan.episodes and _camera_names(scan):
             import cv2
 
             with suppress(DatasetError):

@@ -121,11 +121,9 @@ def lerobot(folder, **changes):
     return folder
 
 
-def test_lerobot_folder_is_called_what_it_is(tmp_path, capsys):
-    assert inspect(lerobot(tmp_path / "set")) == 0
-    text = capsys.readouterr().out
-    assert "a LeRobot data set, not HDF5" in text
-    assert "observation.images.top: 128 x 96 px" in text
+def test_lerobot_folder_without_episodes_is_unusable(tmp_path, capsys):
+    assert inspect(lerobot(tmp_path / "set")) == 1
+    assert "meta/episodes: holds no table of episodes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
