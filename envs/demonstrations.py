@@ -266,7 +266,7 @@ def collect(
 
     path = Path(path)
     config = config or ExpertConfig()
-    workers = (os.cpu_count() or 1) if n_workers is None else n_workers
+    workers = len(os.sched_getaffinity(0)) if n_workers is None else n_workers
     if n_episodes < 1 or seed < 0 or workers < 0 or image_size < 1 or max_steps < 1:
         raise ValueError(
             f"n_episodes {n_episodes}, seed {seed}, n_workers {n_workers}, image_size {image_size},"

@@ -41,6 +41,10 @@ class Controller(Protocol):
         """Whether the coming step needs a fresh chunk."""
         ...
 
+    def steps_used(self) -> int | None:
+        """How many steps of a fresh chunk are ever looked at; None for all of them."""
+        ...
+
     def step(
         self, chunk: Float[Tensor, "batch chunk action"] | None
     ) -> Float[Tensor, "batch action"]:
@@ -308,6 +312,8 @@ def _play(
 ) -> None:
     """Run one group to its end; who has finished stays in the batch, unseen and unmoved."""
     controller.reset(len(episodes))
+    steps_used = controller.steps_used()
+    queries = None if steps_used is None else range(min(steps_used, policy.chunk_size))
     for _ in range(task.max_steps):
         wanted = controller.wants_prediction()
         if wanted or policy.n_obs_steps > 1:
@@ -317,7 +323,8 @@ def _play(
         chunk = None
         if wanted:
             # In float64 the average of overlapping chunks does not depend on its bookkeeping.
-            chunk = policy.predict_chunk(_batch(policy, episodes).to(device)).double()
+            observation = _batch(policy, episodes).to(device)
+            chunk = policy.predict_chunk(observation, queries).double()
         actions = controller.step(chunk).double().cpu().numpy()
         for index, (episode, action) in enumerate(zip(episodes, actions, strict=True)):
             if not episode.terminated:

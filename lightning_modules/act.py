@@ -16,6 +16,7 @@ from lightning_modules.optimisation import (
     build_adamw,
     build_schedule,
     gradient_norm,
+    training_steps,
 )
 from policies.act import ACTLoss, ACTPolicy
 from policies.interface import Batch
@@ -32,11 +33,11 @@ class ActModule(LightningModule):
         betas: AdamW's moment decays.
         lr_schedule: Learning rate after the warm-up.
         warmup_steps: Optimiser steps of linear warm-up.
-        decay_steps: Step at which the cosine ends; null for trainer.max_steps.
+        decay_steps: Step at which the cosine ends; null for the end of the run.
         shift_px: Augmentation: largest random shift of the pictures along each axis.
         brightness: Augmentation: largest relative change of brightness.
         contrast: Augmentation: largest relative change of contrast.
-        augmentation_seed: Seed of the augmentation, which depends on nothing else but the step.
+        augmentation_seed: Seed of the augmentation, a function of it, epoch and batch alone.
         compile: Compile the loss with torch.compile.
         action_unit: Unit of the data's actions, as it appears in metric names.
         policy: Arguments of ``policies.act.ACTPolicy``.
@@ -80,23 +81,36 @@ class ActModule(LightningModule):
         return self.policy
 
     def setup(self, stage: str) -> None:
-        """Fit the normaliser, unless the weights already hold one; compile the loss if asked to."""
+        """Fit the normaliser, unless the weights already hold one; compile the loss if asked to.
+
+        Raises:
+            ValueError: If the data module cuts samples that ACT cannot learn from.
+        """
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        for name, needed in (("n_obs_steps", 1), ("action_start", 0)):
+            given = getattr(datamodule, name, needed)
+            if given != needed:
+                raise ValueError(
+                    f"{name} is {given}, but ACT sees one instant and predicts from it on: "
+                    f"set --data.init_args.{name} {needed}"
+                )
         if not self.policy.normaliser.is_fitted:
-            self.policy.fit_normaliser(self.trainer.datamodule.statistics)  # type: ignore[attr-defined]
+            self.policy.fit_normaliser(datamodule.statistics)
         if self.hparams["compile"] and stage == "fit":
             self._compute_loss = torch.compile(self.policy.loss)
 
-    def _augmented(self, batch: Batch) -> Batch:
-        """Change the pictures, as a function of seed and step alone."""
+    def _augmented(self, batch: Batch, batch_idx: int) -> Batch:
+        """Change the pictures, as a function of seed, epoch and batch alone."""
         if not self.augmentation.is_active:
             return batch
-        seed = hash((self.hparams["augmentation_seed"], self.global_step, self.global_rank))
+        place = (self.current_epoch, batch_idx, self.global_rank)
+        seed = hash((self.hparams["augmentation_seed"], *place))
         generator = torch.Generator().manual_seed(seed & (2**63 - 1))
         return self.augmentation(batch, generator)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch; L1 in data units is accumulated for the epoch."""
-        loss: ACTLoss = self._compute_loss(self._augmented(batch), self.kl_weight)
+        loss: ACTLoss = self._compute_loss(self._augmented(batch, batch_idx), self.kl_weight)
         self.train_reconstruction.update(loss.prediction, batch.actions, batch.action_is_pad)
         self.log("train/loss", loss.total, prog_bar=True)
         self.log_dict({"train/l1": loss.l1, "train/kl_nats": loss.kl})
@@ -166,7 +180,7 @@ class ActModule(LightningModule):
         if backbone:
             groups.append(ParameterGroup("backbone", backbone, lr_backbone))
         optimizer = build_adamw(groups, hparams["weight_decay"], tuple(hparams["betas"]))
-        decay_steps = hparams["decay_steps"] or self.trainer.max_steps
+        decay_steps = hparams["decay_steps"] or training_steps(self.trainer)
         schedule = build_schedule(
             optimizer, hparams["lr_schedule"], hparams["warmup_steps"], decay_steps
         )

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from lightning_modules.data_schema import refuse_other_data, store_schema
 from lightning_modules.metrics import ChunkL1, baseline_l1, chunk_l1_scalars
-from lightning_modules.optimisation import Schedule, build_schedule, gradient_norm
+from lightning_modules.optimisation import (
+    Schedule,
+    build_schedule,
+    gradient_norm,
+    training_steps,
+)
 from policies.interface import Batch, DataSchema
 from policies.lerobot_chunks import chunk_source
 from policies.lerobot_config import (
@@ -241,15 +246,13 @@ class LeRobotPolicyModule(LightningModule):
         return preset.build(optimizer, self._training_steps())
 
     def _training_steps(self) -> int:
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        steps = training_steps(self.trainer)
+        if not steps:
             raise ValueError(
                 "the learning rate schedule needs an end: set trainer.max_steps or "
                 "trainer.max_epochs"
             )
-        return int(steps)
+        return steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store config and statistics, so that the file is usable alone."""

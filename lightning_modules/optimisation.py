@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -53,7 +54,8 @@ def build_schedule(
     """
     if schedule == "cosine" and decay_steps < 1:
         raise ValueError(
-            "a cosine schedule needs an end: set trainer.max_steps, or decay_steps of the model"
+            "a cosine schedule needs an end: set trainer.max_steps or trainer.max_epochs, or "
+            "decay_steps of the model"
         )
 
     def factor(step: int) -> float:
@@ -65,6 +67,15 @@ def build_schedule(
         return 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
+
+
+def training_steps(trainer: Trainer) -> int:
+    """Optimiser steps of the whole run; 0 when nothing bounds it."""
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return 0
+    return int(trainer.estimated_stepping_batches)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -23,6 +23,10 @@ class ActionQueue:
         """Whether the next step needs a fresh chunk."""
         return self._chunk is None or self._age >= self.n_action_steps
 
+    def steps_used(self) -> int:
+        """Only the first ``n_action_steps`` of a chunk are ever executed."""
+        return self.n_action_steps
+
     def step(
         self, chunk: Float[Tensor, "batch chunk action"] | None
     ) -> Float[Tensor, "batch action"]:
@@ -74,6 +78,9 @@ class TemporalEnsembler:
     def wants_prediction(self) -> bool:
         """Ensembling needs a fresh chunk at every step."""
         return True
+
+    def steps_used(self) -> None:
+        """Every step of a chunk goes into the average."""
 
     def step(
         self, chunk: Float[Tensor, "batch chunk action"] | None

@@ -124,12 +124,16 @@ class DataSchema:
         return cls(**{**values, "cameras": cameras})
 
     def differences(self, other: "DataSchema") -> list[str]:
-        """Name every field a policy depends on that differs, as ``field: mine != theirs``."""
+        """Name every field a policy depends on that differs, as ``field: mine != theirs``.
+
+        An environment state that the data offers and this policy does not read is no difference.
+        """
         mine, theirs = self.to_dict(), other.to_dict()
+        ignored = {"fps"} if self.environment_state_dim else {"fps", "environment_state_dim"}
         return [
             f"{key}: {mine[key]} != {theirs[key]}"
             for key in mine
-            if key != "fps" and mine[key] != theirs[key]
+            if key not in ignored and mine[key] != theirs[key]
         ]
 
 

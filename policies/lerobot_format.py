@@ -138,19 +138,23 @@ class LeRobotACT:
 
 
 def camera_name(key: str) -> str:
-    """Our name of a LeRobot image feature: ``observation.images.top`` is ``top``."""
-    short = key.removeprefix("observation.")
-    named = short.removeprefix("images.")
-    return short if named == "image" else named
+    """Our name of a LeRobot image feature.
+
+    ``observation.images.top`` is ``top`` and ``observation.image`` is ``image``; any other key is
+    its own name, so that :func:`image_key` gives every key back.
+    """
+    if key == "observation.image":
+        return "image"
+    name = key.removeprefix("observation.images.")
+    unambiguous = name != key and name != "image" and not name.startswith("observation.")
+    return name if unambiguous else key
 
 
 def image_key(camera: str) -> str:
     """LeRobot's feature key of a camera, the inverse of :func:`camera_name`."""
-    return (
-        f"observation.{camera}"
-        if camera in ("image", "images.image")
-        else (f"observation.images.{camera}")
-    )
+    if camera == "image":
+        return "observation.image"
+    return camera if camera.startswith("observation.") else f"observation.images.{camera}"
 
 
 def load_lerobot_act(
@@ -581,7 +585,7 @@ def _set_normaliser(
         raise LeRobotFormatError(
             folder,
             f"no statistics for {', '.join(missing)}; LeRobot would pass them through unscaled",
-            "Restore the processor files, or give --stats_from_data to take the data set's",
+            "Restore the processor files",
         )
 
 

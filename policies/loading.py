@@ -41,7 +41,8 @@ def load_policy(
     """Load a policy for analysis, in eval mode.
 
     Args:
-        policy_path: A checkpoint file (``.ckpt``), a run folder, a LeRobot policy folder (also one
+        policy_path: A checkpoint file (``.ckpt``), a run folder (its best
+            checkpoint, else the newest), a LeRobot policy folder (also one
             that holds ``pretrained_model/``), or a hub id ``user/name``.
         device: Where the policy goes.
         revision: Branch, tag or commit of a hub id.
@@ -77,15 +78,13 @@ def find_policy(policy_path: str, revision: str | None = None) -> Path:
         for folder in (path, path / "pretrained_model", path / "last" / "pretrained_model"):
             if (folder / CONFIG_FILE).is_file():
                 return folder
-        for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt"):
-            if (path / name).is_file():
-                return path / name
-        checkpoints = sorted(
-            [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")],
-            key=lambda file: file.stat().st_mtime,
-        )
+        checkpoints = [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")]
         if checkpoints:
-            return checkpoints[-1]
+            # A run's best checkpoint if it ranks them; of several the newest.
+            return max(
+                checkpoints,
+                key=lambda file: (file.name.startswith("best"), file.stat().st_mtime_ns),
+            )
         raise PolicyNotFoundError(
             f"{path}: holds neither {CONFIG_FILE} (a LeRobot policy) nor checkpoints/*.ckpt (a "
             "run of ours). Give the folder that does"

@@ -9,6 +9,7 @@ from einops import repeat
 from envs.expert import PushTExpert
 from envs.push_t import T_OUTLINE_PX, PushT, PushTTask, agent_path
 from envs.rollout import RolloutError, bootstrap_interval, rollout, wilson_interval
+from policies.ensembling import ActionQueue, TemporalEnsembler
 from policies.interface import DataSchema, Observation
 
 
@@ -24,6 +25,9 @@ class Queue:
 
     def wants_prediction(self) -> bool:
         return self.step_in_chunk == self.n_action_steps
+
+    def steps_used(self):
+        return None
 
     def step(self, chunk):
         assert (chunk is not None) == self.wants_prediction()
@@ -219,3 +223,20 @@ def test_the_corners_give_the_pose_back():
     corners = env.observe()["environment_state"].astype(float).reshape(8, 2)
     assert fit_pose(corners) == pytest.approx((300.0, 200.0, 2.5), abs=1e-3)
     assert len(T_OUTLINE_PX) == len(corners)
+
+
+def test_only_the_steps_that_will_be_used_are_predicted():
+    asked = []
+
+    class Watching(Swirl):
+        def predict_chunk(self, observation, queries=None):
+            asked.append(None if queries is None else list(queries))
+            chunk = super().predict_chunk(observation)
+            return chunk if queries is None else chunk[:, list(queries)]
+
+    task = PushTTask(image_size=32, max_steps=4)
+    rollout(Watching(), task, [7], ActionQueue(2))
+    assert asked == [[0, 1]] * 2
+    asked.clear()
+    rollout(Watching(), task, [7], TemporalEnsembler(0.01, Watching.chunk_size))
+    assert asked == [None] * 4

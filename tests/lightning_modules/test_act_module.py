@@ -143,3 +143,12 @@ def test_the_image_encoder_has_its_own_learning_rate(path, tmp_path):
 def test_negative_kl_weight_is_refused(path):
     with pytest.raises(ValueError, match="kl_weight=-1"):
         module_for(data(path), kl_weight=-1.0)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("n_obs_steps", 2), ("action_start", -1)])
+def test_samples_cut_for_another_policy_are_refused(path, tmp_path, argument, value):
+    datamodule = HDF5DataModule(
+        path=str(path), chunk_size=4, val_fraction=0.25, progress=False, **{argument: value}
+    )
+    with pytest.raises(ValueError, match=f"--data.init_args.{argument}"):
+        trainer_for(tmp_path, 1).fit(module_for(datamodule), datamodule)

@@ -20,9 +20,7 @@ from policies.ensembling import ActionQueue, TemporalEnsembler
 from policies.interface import DataSchema, DataStatistics, FeatureStatistics, Observation
 from policies.lerobot_format import (
     LeRobotFormatError,
-    camera_name,
     export_lerobot_act,
-    image_key,
     load_lerobot_act,
 )
 from policies.loading import load_policy
@@ -381,17 +379,6 @@ def test_a_damaged_folder_is_one_clear_error(damage, folder):
     with pytest.raises(LeRobotFormatError, match=message) as error:
         load_lerobot_act(folder)
     assert str(folder) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "key",
-    ["observation.image", "observation.images.top", "observation.images.image", "observation.top"],
-)
-def test_camera_names_lead_back_to_their_key(key):
-    if key == "observation.top":  # LeRobot's own environments never write this
-        assert camera_name(key) == "top"
-    else:
-        assert image_key(camera_name(key)) == key
 
 
 def test_schema_names_cameras_as_the_data_does(act_folder):
