@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -40,6 +40,7 @@ class Demonstration:
         return len(self.columns["action"])
 
 
+@runtime_checkable
 class Demonstrations(Protocol):
     """A data set that can be converted, whatever its format."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from policies.interface import Batch
 Picture = UInt8[np.ndarray, "height width 3"]
 
 
+@runtime_checkable
 class PictureSource(Protocol):
     """Where pictures come from, in the size that batches have."""
 

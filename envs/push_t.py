@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -292,7 +292,7 @@ class PushTTask(Task):
         )
 
     @classmethod
-    def for_policy(cls, schema: "DataSchema") -> Self:
+    def for_policy(cls, schema: "DataSchema") -> "PushTTask":
         """PushT with one square camera ``image`` of the policy's size.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -115,7 +115,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def for_policy(cls, schema: "DataSchema") -> Self:
+    def for_policy(cls, schema: "DataSchema") -> "Task":
         """The task as a policy made for ``schema`` sees it, e.g. with pictures of its size.
 
         Raises:

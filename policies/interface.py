@@ -21,7 +21,7 @@ never leave ``policies/``.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -39,7 +39,7 @@ class Observation:
     environment_state: Float[Tensor, "batch *obs_step environment"] | None = None
     """Privileged simulator features, only for policies that ask for them."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Observation":
         """Return a copy on ``device``; dtypes stay."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
@@ -75,7 +75,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.actions)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return a copy on ``device`` (Lightning moves batches through this method)."""
 
         def move(tensor: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class DataSchema:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping) -> Self:
+    def from_dict(cls, values: Mapping) -> "DataSchema":
         """Inverse of :meth:`to_dict`."""
         cameras = {name: (int(h), int(w)) for name, (h, w) in values["cameras"].items()}
         return cls(**{**values, "cameras": cameras})

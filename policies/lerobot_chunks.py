@@ -5,7 +5,7 @@ All of it works on normalised values and LeRobot's own batch keys.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import repeat
@@ -21,6 +21,7 @@ _QUEUES = ("_queues", "_action_queue")
 _IMAGES_KEY = "observation.images"
 
 
+@runtime_checkable
 class ChunkSource(Protocol):
     """How one family of policies turns a normalised observation into normalised chunks."""
 
