@@ -78,7 +78,7 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 class TrainingStarted(Callback):
-    """Notes when the first step is near: from then on the run is worth keeping."""
+    """Notes when the first batch is near: from then on the run is worth keeping."""
 
     def __init__(self, run_folder: Path) -> None:
         self.run_folder = run_folder
@@ -92,6 +92,19 @@ class TrainingStarted(Callback):
 
     @override
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.started = True
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = True
 
 

@@ -95,7 +95,8 @@ class Dashboard(Callback):
                 logger.follow(trainer, step)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Diagnostics may run as soon as training starts, before this callback hears of it.
         self._training_since = time.perf_counter()
 
     @override

@@ -10,17 +10,21 @@ What it takes, and who does it:
    either happens.
 3. Lightning's loop counters mean different things depending on the hook that saved; they are
    rewritten to one of two states on loading: between two batches, or between two epochs.
-4. What would silently change the sequence of batches is refused: another batch size, number of
+4. A checkpoint says whether the validation of its step is still due; then it is run before anything
+   else, also when no step is left to train.
+5. What would silently change the sequence of batches is refused: another batch size, number of
    processes, gradient accumulation, or data set.
 """
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, override
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from policies.checkpoint_files import CheckpointError
 
@@ -97,19 +101,32 @@ class ExactResume(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step != self._step:
-            self._boundary = _boundary(trainer)
+            fit_loop = trainer.fit_loop
+            assert fit_loop._data_fetcher is not None
+            due = fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
+            self._boundary = {**_boundary(trainer), "validation_due": due}
             self._step = trainer.global_step
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._before_validation = random_state()
+            # Whether it takes place may have been decided after the end of the batch.
+            self._note_validation(trainer, due=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._before_validation is not None:
             restore_random_state(self._before_validation)
             self._before_validation = None
+            # Diagnostics are done by now; the callbacks that save come last.
+            self._note_validation(trainer, due=False)
+
+    def _note_validation(self, trainer: Trainer, due: bool) -> None:
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        # In the middle of accumulating gradients it belongs to a batch that will be repeated.
+        if self._boundary is not None and self._boundary["batches_in_all"] == batches:
+            self._boundary["validation_due"] = due
 
     @override
     def on_save_checkpoint(
@@ -155,6 +172,48 @@ class ExactResume(Callback):
             )
         self._restore = saved["random_state"]
         self._boundary = {key: value for key, value in saved.items() if key != "conditions"}
+        # Checkpoints of earlier versions do not say.
+        if self._boundary.setdefault("validation_due", False):
+            # No hook comes before a loop that finds nothing left to train.
+            trainer.fit_loop.__class__ = _ValidateFirst
+
+
+class _ValidateFirst(_FitLoop):
+    """Runs the validation that a checkpoint owes; then it is an ordinary loop again."""
+
+    @property
+    @override
+    def skip(self) -> bool:
+        return self.trainer.limit_train_batches == 0
+
+    @override
+    def on_run_start(self) -> None:
+        # Callbacks must know that training began before they see a validation.
+        super().on_run_start()
+        self.__class__ = _FitLoop  # pyright: ignore[reportAttributeAccessIssue]
+        if self.trainer.enable_validation:
+            with _end_of_epoch(self):
+                self.trainer.validating = True
+                self.epoch_loop.val_loop.run()
+                self.trainer.training = True
+
+
+@contextlib.contextmanager
+def _end_of_epoch(fit_loop: _FitLoop) -> Iterator[None]:
+    """Count as in the validation of an epoch's last batch, when that is the one that is due."""
+    batches = fit_loop.epoch_loop.batch_progress
+    epochs: Any = fit_loop.epoch_progress.current
+    if batches.current.ready:
+        yield
+        return
+    epochs.processed, epochs.completed = epochs.processed - 1, epochs.completed - 1
+    batches.is_last_batch = True
+    if fit_loop.max_batches != float("inf"):
+        batches.current.ready = int(fit_loop.max_batches)
+    yield
+    epochs.processed, epochs.completed = epochs.processed + 1, epochs.completed + 1
+    batches.is_last_batch = False
+    batches.current.ready = 0
 
 
 def conditions(trainer: Trainer) -> dict[str, Any]:
@@ -196,6 +255,7 @@ def _boundary(trainer: Trainer) -> dict[str, Any]:
         "batch": 0 if finished else batches.current.ready,
         "batches_in_all": batches.total.ready,
         "random_state": random_state(),
+        "validation_due": False,
     }
 
 

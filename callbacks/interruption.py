@@ -13,7 +13,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 class StopOnSignal(Callback):
     """Lets Ctrl-C and SIGTERM finish the batch at hand, write ``last.ckpt``, and end.
 
-    A second Ctrl-C stops at once; further SIGTERMs change nothing. Validation is cut short.
+    A second Ctrl-C stops at once; further SIGTERMs change nothing. Validation is cut short; the
+    checkpoint owes it, and :class:`~callbacks.exact_resume.ExactResume` runs it first.
     """
 
     def __init__(self) -> None:

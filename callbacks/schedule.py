@@ -11,6 +11,7 @@ from typing import Any, override
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from callbacks.dashboard import Dashboard, check_media
@@ -50,6 +51,7 @@ class Diagnostic(Callback):
         self.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
         self._validations = 0
         self._last_step = -1
+        self._state = {"validations": 0, "last_step": -1}
 
     @abstractmethod
     def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
@@ -68,12 +70,14 @@ class Diagnostic(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations, "last_step": self._last_step}
+        # As of the last whole validation: one that is cut short is repeated on resuming.
+        return dict(self._state)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = state_dict["validations"]
         self._last_step = state_dict["last_step"]
+        self._state = dict(state_dict)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,12 +98,19 @@ class Diagnostic(Callback):
             self._run(trainer, pl_module)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._state = {"validations": self._validations, "last_step": self._last_step}
+
+    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run(trainer, pl_module)
 
     def _run(self, trainer: Trainer, module: LightningModule) -> None:
+        # Someone waits for the process to end. A validation without this would count as done.
+        if trainer.received_sigterm and trainer.state.fn == "fit" and trainer.validating:
+            raise SIGTERMException
         self._last_step = trainer.global_step
-        # Someone waits for the process to end: hand over at the next safe point instead.
+        # Outside a validation, hand over at the next safe point instead.
         if (
             not trainer.is_global_zero
             or getattr(trainer, "fast_dev_run", False)

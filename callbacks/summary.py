@@ -40,6 +40,8 @@ class RunSummary(Callback):
 
     The file holds the last value of every logged number, ``wall_s``, ``status``, and the paths of
     ``checkpoint`` (the best one), ``last_checkpoint`` and ``video``, relative to the run folder.
+    ``wall_s`` adds up the processes of a run that was continued, each up to the checkpoint that
+    the next one started from.
 
     Args:
         keys: Numbers that are always in the file (null when never logged) and in the table.
@@ -47,6 +49,20 @@ class RunSummary(Callback):
 
     def __init__(self, keys: Sequence[str] = KEYS) -> None:
         self.keys = list(keys)
+        self._earlier_s = 0.0
+
+    @property
+    def wall_s(self) -> float:
+        """Wall time of the run so far, earlier processes included, in s."""
+        return self._earlier_s + process_age_s()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"wall_s": self.wall_s}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._earlier_s = state_dict["wall_s"]
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,7 +80,7 @@ class RunSummary(Callback):
         summary = dict(sorted(numbers.items())) | {
             "status": status,
             "step": trainer.global_step,
-            "wall_s": round(process_age_s(), 2),
+            "wall_s": round(self.wall_s, 2),
             **_files(trainer, run),
         }
         if not getattr(trainer, "fast_dev_run", False):

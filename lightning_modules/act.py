@@ -1,5 +1,6 @@
 """Train ACT: the loss, the optimiser, and the names under which numbers are logged."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_modules.optimisation import (
 )
 from policies.act import ACTLoss, ACTPolicy
 from policies.interface import Batch
+from policies.lerobot_format import export_lerobot_act
 
 
 class ActModule(LightningModule):
@@ -188,6 +190,14 @@ class ActModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def export_lerobot(self, folder: Path) -> None:
+        """Write a LeRobot policy folder.
+
+        Raises:
+            LeRobotFormatError: If LeRobot's ACT cannot represent the policy.
+        """
+        export_lerobot_act(self.policy, folder, kl_weight=self.kl_weight)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what the policy was made for, so that the file is usable alone."""

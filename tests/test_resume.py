@@ -81,6 +81,29 @@ class Stumble(Callback):
             raise RuntimeError("stumbled")
 
 
+class StumbleInValidation(Callback):
+    """Fails inside the validation after some optimiser steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and not trainer.sanity_checking:
+            raise RuntimeError("stumbled")
+
+
+class Validations(Callback):
+    """Notes where the run is at each validation, and what came out."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            loss = float(trainer.callback_metrics["val/loss"])
+            self.seen.append((trainer.global_step, trainer.current_epoch, loss))
+
+
 def run(
     folder: Path,
     *extra: Callback,
@@ -146,6 +169,45 @@ def test_a_checkpoint_saved_because_of_an_error_inside_a_batch_is_exact(
     assert saved["global_step"] == step
     again = run(tmp_path / "torn", resume=True, save_every=0, **schedule)
     assert differences(again, whole) == []
+
+
+@pytest.mark.parametrize("save_every", [0, 1], ids=["saved by the error", "saved before"])
+@pytest.mark.parametrize(
+    "name",
+    ["validation inside epochs", "validation at the end of epochs", "validation across epochs"],
+)
+def test_a_validation_that_was_cut_short_is_run_before_anything_else(
+    tmp_path: Path, name: str, save_every: int
+) -> None:
+    """Also the last one, when no step is left to train."""
+    schedule = SCHEDULES[name]
+    if "max_steps" in schedule:
+        schedule = schedule | {"max_steps": 20 if name.endswith("across epochs") else 19}
+    whole = Validations()
+    bits = run(tmp_path / "whole", whole, save_every=save_every, **schedule)
+    assert whole.seen[-1][0] == bits["global_step"], "the last validation is the end of the run"
+    for step, _, _ in whole.seen:
+        folder, torn, again = tmp_path / str(step), Validations(), Validations()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="stumbled"):
+                run(
+                    folder,
+                    torn,
+                    StumbleInValidation(step),
+                    resume=folder.exists(),
+                    save_every=save_every,
+                    **schedule,
+                )
+        saved = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+        assert (saved["global_step"], saved["exact_resume"]["validation_due"]) == (step, True)
+        assert (
+            differences(run(folder, again, resume=True, save_every=save_every, **schedule), bits)
+            == []
+        ), f"step {step}"
+        assert torn.seen + again.seen == whole.seen, f"step {step}"
+        finished = Validations()
+        run(folder, finished, resume=True, save_every=save_every, **schedule)
+        assert finished.seen == [], "nothing is owed any more"
 
 
 def test_an_interrupted_accumulation_starts_over(tmp_path: Path) -> None:

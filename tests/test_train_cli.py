@@ -142,6 +142,57 @@ def test_last_goes_on_in_the_same_folder_as_if_never_stopped(here: Path) -> None
     assert mine == theirs, "the record has no gap and no repetition"
 
 
+@pytest.mark.parametrize("in_diagnostic", [False, True])
+@pytest.mark.parametrize("step", [8, 12])
+def test_an_interrupted_validation_is_made_up_for(
+    here: Path, step: int, in_diagnostic: bool
+) -> None:
+    whole = fit("--name", "whole")
+    if in_diagnostic:
+        # The signal comes in the first of two diagnostics.
+        killer = {"terminate_at": step, "name": "killer"}
+        first = {"class_path": "toy.Shout", "init_args": killer}
+        trainer = {**CONFIG["trainer"], "callbacks": [first, *CONFIG["trainer"]["callbacks"]]}
+        (here / "killed.yaml").write_text(yaml.safe_dump({**CONFIG, "trainer": trainer}))
+        words = ["-c", "killed.yaml"]
+    else:
+        words = ["-c", "toy.yaml", *at(step, signal.SIGTERM, in_validation=True)]
+    assert stopped("fit", *words) == train.EXIT_TERMINATED
+    run = last(here)
+    rows = [row for row in read_metrics(run / "metrics.csv") if "val/loss" in row]
+    assert [row["step"] for row in rows] == list(range(4, step, 4)), "not measured yet"
+    train.main(["fit", "-c", "toy.yaml", "--ckpt_path", "last"])
+    mine, theirs = (
+        [
+            {key: value for key, value in row.items() if not key.startswith("diagnostics")}
+            for row in read_metrics(folder / "metrics.csv")
+        ]
+        for folder in (run, whole.run_folder)
+    )
+    assert mine == theirs
+    assert all("shout/loudness" in row for row in mine if "val/loss" in row)
+    one, other = (
+        read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, whole.run_folder)
+    )
+    for key in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
+        assert same(one[key], other[key], key) == []
+    ranked = [
+        sorted(path.name for path in (folder / "checkpoints").iterdir())
+        for folder in (run, whole.run_folder)
+    ]
+    assert ranked[0] == ranked[1]
+
+
+def test_the_wall_time_of_a_continued_run_is_that_of_all_its_processes(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for steps, age_s, total_s in (("2", 100.0, 100.0), ("4", 20.0, 120.0), ("6", 3.0, 123.0)):
+        monkeypatch.setattr("callbacks.summary.process_age_s", lambda age_s=age_s: age_s)
+        fit("--trainer.max_steps", steps, "--ckpt_path", "auto")
+        summary = json.loads((last(here) / "summary.json").read_text())
+        assert summary["wall_s"] == total_s
+
+
 def test_without_a_config_the_one_of_the_run_is_used(here: Path) -> None:
     fit("--trainer.max_steps", "4")
     cli = train.main(["fit", "--name", "toy", "--ckpt_path", "last", "--trainer.max_steps", "8"])
@@ -234,6 +285,24 @@ def test_a_defect_keeps_its_traceback(here: Path) -> None:
             '--trainer.callbacks+={"class_path": "toy.Shout", "init_args": '
             '{"fail": true, "strict": true, "name": "broken"}}'
         )
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_a_defect_in_an_evaluation_keeps_its_traceback_and_its_folder(
+    here: Path, subcommand: str
+) -> None:
+    with pytest.raises(ValueError, match="shapes do not match"):
+        train.main([subcommand, "-c", "toy.yaml", "--trainer.callbacks+=toy.Trip"])
+    (folder,) = (here / "outputs" / "toy").iterdir()
+    assert folder.name.endswith(f"-{subcommand}")
+
+
+def test_what_is_wrong_with_the_data_of_the_sanity_check_is_for_the_user_to_mend(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stopped("fit", "-c", "toy.yaml", "--trainer.callbacks+=toy.Trip") == 1
+    assert "error: shapes do not match" in capsys.readouterr().err
+    assert [path.name for path in here.rglob("*") if path.is_file()] == ["toy.yaml"]
 
 
 @pytest.mark.parametrize("key", ["--trainer.max_stepz", "--model.init_args.hiden", "--nam"])

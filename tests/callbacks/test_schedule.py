@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,39 @@ def test_one_row_holds_metrics_findings_and_times_of_a_validation(tmp_path: Path
     for entry in index.values():
         for path in [*entry["images"].values(), *entry["videos"].values()]:
             assert (tmp_path / path).is_file()
+
+
+def test_the_share_of_diagnostics_counts_the_untrained_policy_in_both_terms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only diagnostics move, they are all there is."""
+    clock = SimpleNamespace(now_s=0.0)
+    clock.perf_counter = lambda: clock.now_s
+    monkeypatch.setattr("callbacks.dashboard.time", clock)
+    monkeypatch.setattr("callbacks.schedule.time", clock)
+
+    class Slow(Shout):
+        def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
+            clock.now_s += 100
+            return Findings(scalars={"slow/number": 1.0})
+
+    dashboard = Dashboard()
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_steps=8,
+        max_epochs=-1,
+        val_check_interval=4,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        # The dashboard hears of the start of training last.
+        callbacks=[Slow(at_start=True), dashboard],
+    )
+    trainer.fit(ToyModule(3, 2), ToyData())
+    assert clock.now_s == 300
+    assert dashboard.latest["diagnostics/share"] == 1
 
 
 def test_a_picture_that_was_not_written_is_an_error_of_the_diagnostic(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ class ToyModule(LightningModule):
         torch.rand(3)
         self.log("val/loss", self.loss(batch), batch_size=len(batch))
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return self.loss(batch)
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.log("test/loss", self.loss(batch), batch_size=len(batch))
 
@@ -200,6 +203,9 @@ class ToyData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader(batch_size=22)
 
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader(batch_size=22)
+
 
 class KillAt(Callback):
     """``kill -9`` this very process after some steps."""
@@ -213,6 +219,15 @@ class KillAt(Callback):
     ) -> None:
         if self.hook == "on_train_batch_start" and trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Trip(Callback):
+    """Fails as a defect would, with an error that is no class of this project's."""
+
+    def _fall(self, *_: Any) -> None:
+        raise ValueError("shapes do not match")
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _fall
 
 
 class SignalAt(Callback):
@@ -255,9 +270,11 @@ class Shout(Diagnostic):
         strict: bool = False,
         name: str | None = None,
         fail: bool = False,
+        terminate_at: int = 0,
     ) -> None:
         super().__init__(every_n_validations, at_start, strict, name)
         self.fail = fail
+        self.terminate_at = terminate_at
         self.weights: list[torch.Tensor] = []
         self.steps: list[int] = []
 
@@ -278,6 +295,8 @@ class Shout(Diagnostic):
             loss.backward()
         for weight in module.parameters():
             weight.requires_grad_(False)
+        if self.terminate_at == trainer.global_step > 0:
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.fail:
             raise RuntimeError("ink is out")
         picture, film = folder / "square.png", folder / "square.mp4"
