@@ -45,7 +45,7 @@ def run(arguments, name: str, kl_weight: float, chunk_size: int) -> dict:
     run_folder = folder / name / "last"
     summary = json.loads((run_folder / "summary.json").read_text())
     output = run_folder.resolve() / "rollout"
-    steps = sorted({min(4, chunk_size), min(8, chunk_size), chunk_size})
+    steps = sorted({min(8, chunk_size), chunk_size})
     status = analyze.main(
         [
             "rollout",
@@ -57,7 +57,6 @@ def run(arguments, name: str, kl_weight: float, chunk_size: int) -> dict:
             *[str(step) for step in steps],
             "--temporal_ensemble_coeff",
             "0.01",
-            "-0.1",
         ]
     )
     if status:
@@ -77,8 +76,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--path", required=True, help="HDF5 file of human demonstrations")
     parser.add_argument("--output_dir", default="outputs/sweep")
-    parser.add_argument("--max_steps", type=int, default=1500)
-    parser.add_argument("--n_episodes", type=int, default=50)
+    parser.add_argument("--max_steps", type=int, default=600)
+    parser.add_argument("--n_episodes", type=int, default=30)
     parser.add_argument("--kl_weights", type=float, nargs="+", default=[10, 1, 0.1, 0.01])
     parser.add_argument("--chunk_sizes", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/sweep_act.json")
