@@ -170,7 +170,7 @@ def _print_table(console, rows: list[dict], task: Task) -> None:
     from rich.table import Table
 
     table = Table(title=f"{task.name}: {len(rows[0]['episodes'])} episodes a row")
-    table.add_column("variant")
+    table.add_column("variant", no_wrap=True)
     names = [f"success_{threshold:.2f}" for threshold in task.success_thresholds]
     scores = [f"mean_max_{task.score_name}", f"mean_max_{task.reward_name}"]
     for name in (*names, *scores, "mean_n_steps"):
