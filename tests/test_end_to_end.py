@@ -93,12 +93,14 @@ def test_a_run_leaves_what_the_readme_promises(whole):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(folder, whole):
+    # W&B hands its service to children; this one is to die without taking ours along.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment["OMP_NUM_THREADS"] = "1"  # as here: sums depend on the number of threads
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *words(folder, "killed")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # W&B hands its service to children; this one is to die without taking ours along.
-        env={key: value for key, value in os.environ.items() if not key.startswith("WANDB")},
+        env=environment,
     )
     last = folder / "outputs/killed/last/checkpoints/last.ckpt"
     deadline = time.monotonic() + 200
