@@ -10,7 +10,7 @@ import torch
 from policies.act import ACTPolicy
 from policies.checkpoint_files import CheckpointError, read_checkpoint
 from policies.interface import PolicyView
-from policies.lerobot_format import CONFIG_FILE, Statistics, load_lerobot_act, read_config
+from policies.lerobot_format import CONFIG_FILE, load_lerobot_act, read_config
 
 _POLICY_PREFIX = "policy."
 
@@ -36,7 +36,6 @@ def load_policy(
     policy_path: str,
     device: str | torch.device = "cpu",
     revision: str | None = None,
-    statistics: Statistics | None = None,
 ) -> LoadedPolicy:
     """Load a policy for analysis, in eval mode.
 
@@ -46,7 +45,6 @@ def load_policy(
             that holds ``pretrained_model/``), or a hub id ``user/name``.
         device: Where the policy goes.
         revision: Branch, tag or commit of a hub id.
-        statistics: LeRobot feature key to statistics, for a LeRobot policy that brings none.
 
     Raises:
         PolicyNotFoundError: If the path is none of these; it says what was looked for.
@@ -58,7 +56,7 @@ def load_policy(
         return _load_checkpoint(path, device)
     config = read_config(path)
     if config.get("type", "act") == "act":
-        loaded = load_lerobot_act(path, statistics, device)
+        loaded = load_lerobot_act(path, device=device)
         return LoadedPolicy(loaded.policy, path, "lerobot", loaded.temporal_ensemble_coeff)
     from policies.lerobot_view import load_lerobot_policy
 
