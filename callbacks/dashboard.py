@@ -1,18 +1,32 @@
-"""One row for each validation: every number, and the pictures beside them."""
+"""One row for each validation: every number, and the pictures and tables beside them."""
 
+import itertools
 import json
 import math
+import re
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, override, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.run_folder import MEDIA, write_atomically
-from policies.interface import Findings
+from policies.interface import Findings, Table
 
 INDEX = "index.json"
+TABLES = "tables"
+FILE_KINDS = ("images", "videos", TABLES, "arrays")
+"""Kinds of findings that ``index.json`` knows the files of."""
+ROW_KINDS = ("scalars", "images", "videos", TABLES, "histograms")
+"""Kinds of findings that share the names of one row."""
+MAX_ROWS = 10_000
+"""Rows of a table that W&B shows (``wandb.Table.MAX_ROWS``)."""
+MAX_BINS = 512
+"""Bins of a histogram that W&B takes (``wandb.Histogram.MAX_LENGTH``)."""
+FILE_KEY = re.compile(r"(?=.{1,100}$)[\w-]+(/[\w-]+)*", re.ASCII)
+"""Keys that :func:`file_name` makes into names that disks and W&B accept."""
 
 
 @runtime_checkable
@@ -28,7 +42,7 @@ class GatheringLogger(Protocol):
         ...
 
     def release(self, metrics: Mapping[str, float], media: Findings) -> None:
-        """Write what was gathered, ``metrics`` and ``media`` as one row."""
+        """Write what was gathered, ``metrics`` and ``media`` (without scalars) as one row."""
         ...
 
     def rewind(self, step: int) -> None:
@@ -47,6 +61,7 @@ class Dashboard(Callback):
         """Last value of every number that diagnostics found."""
         self.failed: list[str] = []
         """Names of diagnostics that raised, once per failure."""
+        self._owners: dict[tuple[str, str], str] = {}
         self._metrics: dict[str, float] = {}
         self._media = Findings()
         self._diagnosing_s = 0.0
@@ -72,6 +87,17 @@ class Dashboard(Callback):
     def step(self, trainer: Trainer) -> int:
         """Return the optimiser steps behind the weights, also those of a loaded checkpoint."""
         return trainer.global_step + self._step_offset
+
+    def media_folder(self, trainer: Trainer) -> Path:
+        """Return the folder for the files of these weights."""
+        return Path(trainer.default_root_dir) / MEDIA / f"step_{self.step(trainer):06d}"
+
+    @property
+    def elapsed_s(self) -> float:
+        """Wall time since training began, earlier processes included, in s."""
+        if self._training_since is None:
+            return self._trained_before_s
+        return time.perf_counter() - self._training_since + self._trained_before_s
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -120,6 +146,31 @@ class Dashboard(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release(trainer)
 
+    def claim(self, name: str, findings: Findings) -> None:
+        """Make the keys of ``findings`` those of one diagnostic, from now on.
+
+        Args:
+            name: Name of the diagnostic.
+            findings: What it found.
+
+        Raises:
+            ValueError: If a key is another diagnostic's; none is taken then.
+        """
+        claimed = [("row", key) for kind in ROW_KINDS for key in getattr(findings, kind)]
+        claimed += [("arrays", key) for key in findings.arrays]
+        for claim in claimed:
+            owner = self._owners.get(claim, name)
+            if owner != name:
+                raise ValueError(
+                    f"{claim[1]!r} is returned by two diagnostics, {owner!r} and {name!r}: let "
+                    "each put a word of its own in front"
+                )
+        self._owners |= dict.fromkeys(claimed, name)
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Add numbers about the diagnostics themselves to the next row."""
+        self._metrics |= metrics
+
     def receive(
         self,
         trainer: Trainer,
@@ -142,10 +193,11 @@ class Dashboard(Callback):
         self._diagnosing_s += took_s
         self._metrics |= {key: float(value) for key, value in findings.scalars.items()}
         self._metrics[f"diagnostics/{name}_s"] = took_s
-        self._media = Findings(
-            images={**self._media.images, **findings.images},
-            videos={**self._media.videos, **findings.videos},
-        )
+        merged = {
+            kind.name: getattr(self._media, kind.name) | getattr(findings, kind.name)
+            for kind in fields(Findings)
+        }
+        self._media = replace(Findings(**merged), scalars={})
         if trainer.validating or trainer.testing:
             if findings.scalars:
                 module.log_dict(
@@ -166,8 +218,7 @@ class Dashboard(Callback):
         if metrics:
             metrics["diagnostics/errors"] = float(len(self.failed))
             if trainer.state.fn == "fit" and self._training_since is not None:
-                elapsed_s = time.perf_counter() - self._training_since + self._trained_before_s
-                metrics["diagnostics/share"] = self._diagnosing_s / max(elapsed_s, 1e-9)
+                metrics["diagnostics/share"] = self._diagnosing_s / max(self.elapsed_s, 1e-9)
         self.latest |= metrics
         if not trainer.is_global_zero:
             return
@@ -177,22 +228,25 @@ class Dashboard(Callback):
                 logger.release(metrics, media)
             elif metrics:
                 logger.log_metrics(metrics, step=step)
-        if media.images or media.videos:
-            self._write_index(Path(trainer.default_root_dir), step, media)
+        files = {
+            "images": media.images,
+            "videos": media.videos,
+            TABLES: _write_tables(self.media_folder(trainer) / TABLES, media.tables),
+            "arrays": media.arrays,
+        }
+        if any(files.values()):
+            self._write_index(Path(trainer.default_root_dir), step, files)
 
     @staticmethod
-    def _write_index(run: Path, step: int, media: Findings) -> None:
-        def inside(files: Mapping[str, str]) -> dict[str, str]:
-            return {
-                key: str(Path(path).resolve().relative_to(run.resolve(), walk_up=True))
-                for key, path in files.items()
-            }
-
+    def _write_index(run: Path, step: int, files: Mapping[str, Mapping[str, str]]) -> None:
         file = run / MEDIA / INDEX
         index = read_index(file)
-        entry = index.setdefault(str(step), {"images": {}, "videos": {}})
-        entry["images"] |= inside(media.images)
-        entry["videos"] |= inside(media.videos)
+        entry = index.setdefault(str(step), {kind: {} for kind in FILE_KINDS})
+        for kind, paths in files.items():
+            entry[kind] |= {
+                key: str(Path(path).resolve().relative_to(run.resolve(), walk_up=True))
+                for key, path in paths.items()
+            }
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, json.dumps(index, indent=1) + "\n")
 
@@ -205,11 +259,8 @@ class Dashboard(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        trained_s = self._trained_before_s
-        if self._training_since is not None:
-            trained_s += time.perf_counter() - self._training_since
         finite = {key: value for key, value in self.latest.items() if math.isfinite(value)}
-        return {"latest": finite, "diagnosing_s": self._diagnosing_s, "trained_s": trained_s}
+        return {"latest": finite, "diagnosing_s": self._diagnosing_s, "trained_s": self.elapsed_s}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -218,25 +269,80 @@ class Dashboard(Callback):
         self._trained_before_s = state_dict["trained_s"]
 
 
-def check_media(findings: Findings) -> None:
-    """Make sure that all pictures and videos are on disk.
+def check_findings(findings: Findings) -> None:
+    """Make sure that findings can be logged, so that it is their diagnostic that fails if not.
 
     Raises:
-        ValueError: Naming the first that is not.
+        ValueError: Naming the first key that cannot be logged, and why.
     """
-    for key, path in {**findings.images, **findings.videos}.items():
+    kinds_of: dict[str, str] = {}
+    for kind in ROW_KINDS:
+        for key in getattr(findings, kind):
+            if (other := kinds_of.setdefault(key, kind)) != kind:
+                raise ValueError(f"{key!r} is in {other} and in {kind}: a row has one of each name")
+    for key in [*findings.tables, *findings.arrays]:
+        if not FILE_KEY.fullmatch(key):
+            raise ValueError(
+                f"{key!r} names a file: use at most 100 letters, digits, '_' and '-', in words "
+                "separated by '/'"
+            )
+    for key, value in findings.scalars.items():
+        try:
+            float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scalar {key!r}: {value!r} is no number") from error
+    for key, path in {**findings.images, **findings.videos, **findings.arrays}.items():
         if not Path(path).is_file():
-            raise ValueError(f"media {key!r}: {path} is not a file; encode it before returning it")
+            raise ValueError(f"media {key!r}: {path} is not a file; write it before returning it")
+    for key, table in findings.tables.items():
+        if len(table.rows) > MAX_ROWS:
+            raise ValueError(
+                f"table {key!r}: {len(table.rows)} rows, W&B shows at most {MAX_ROWS}; "
+                "summarise them, or put them into arrays"
+            )
+    for key, (edges, counts) in findings.histograms.items():
+        if not 1 <= len(counts) <= MAX_BINS or len(edges) != len(counts) + 1:
+            raise ValueError(
+                f"histogram {key!r}: {len(counts)} counts and {len(edges)} edges; it takes 1 to "
+                f"{MAX_BINS} counts and one edge more"
+            )
+        if not (
+            all(low < high for low, high in itertools.pairwise(edges))
+            and all(math.isfinite(value) for value in [*edges, *counts])
+        ):
+            raise ValueError(f"histogram {key!r}: edges must rise, edges and counts be finite")
 
 
 def read_index(file: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """Read ``media/index.json``: step, then ``images`` or ``videos``, then key to path.
+    """Read ``media/index.json``: step, then one of ``FILE_KINDS``, then key to path.
 
-    Paths are relative to the run folder. A missing file is an empty index.
+    Paths are relative to the run folder. A table's file is JSON with ``columns`` and ``rows``, null
+    for what is None or not finite. A missing file is an empty index, a missing kind an empty one.
     """
     if not file.is_file():
         return {}
-    return json.loads(file.read_text(encoding="utf-8"))
+    index = json.loads(file.read_text(encoding="utf-8"))
+    return {step: {kind: {} for kind in FILE_KINDS} | entry for step, entry in index.items()}
+
+
+def file_name(key: str) -> str:
+    """Return a name without folders for the file or artifact of a key; no two keys share one."""
+    return key.replace("/", ".")
+
+
+def _write_tables(folder: Path, tables: Mapping[str, Table]) -> dict[str, str]:
+    """Write tables as JSON, for reports that do without W&B, and return their paths."""
+    paths = {}
+    for key, table in tables.items():
+        rows = [
+            [None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row]
+            for row in table.rows
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{file_name(key)}.json"
+        write_atomically(file, json.dumps({"columns": table.columns, "rows": rows}) + "\n")
+        paths[key] = str(file)
+    return paths
 
 
 def _gathering(loggers: Iterable[Any]) -> list[GatheringLogger]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast, override
 from urllib.parse import urlsplit
 
+import numpy as np
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
@@ -25,6 +26,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from callbacks.dashboard import file_name
 from callbacks.run_folder import write_atomically
 from policies.interface import Findings
 
@@ -52,10 +54,10 @@ class GatheredRows:
             self._held = {}
 
     def release(self, metrics: Mapping[str, float], media: Findings) -> None:
-        """Write what was gathered, ``metrics`` and ``media`` as one row."""
+        """Write what was gathered, ``metrics`` and ``media`` (without scalars) as one row."""
         row = {**(self._held or {}), **metrics}
         self._held = None
-        if row or media.images or media.videos:
+        if row or media != Findings():
             self._write(row, media, self._step(None))
 
     def rewind(self, step: int) -> None:
@@ -210,7 +212,8 @@ class WandbLog(GatheredRows, WandbLogger):
 
     Online when a key is there (``WANDB_API_KEY`` or ``wandb login``) and the server answers,
     otherwise offline; one line says which. A resumed run keeps its id, so that ``wandb sync``
-    appends. Checkpoints are not uploaded.
+    appends. Checkpoints are not uploaded; raw arrays are, as versions ``step-N`` of one artifact
+    for each key.
 
     Args:
         project: W&B project.
@@ -290,17 +293,37 @@ class WandbLog(GatheredRows, WandbLogger):
 
     @override
     def _write(self, row: dict[str, Any], media: Findings, step: int) -> None:
-        if media.images or media.videos:
+        run = self.experiment
+        if media != Findings():
             import wandb
 
             caption = f"step {step}"
-            row |= {
-                key: wandb.Image(path, caption=caption) for key, path in media.images.items()
-            } | {
-                key: wandb.Video(path, caption=caption, format="mp4")
-                for key, path in media.videos.items()
-            }
-        self.experiment.log({**row, "trainer/global_step": step})
+            row |= (
+                {key: wandb.Image(path, caption=caption) for key, path in media.images.items()}
+                | {
+                    key: wandb.Video(path, caption=caption, format="mp4")
+                    for key, path in media.videos.items()
+                }
+                # A new table for each row: one that is logged again keeps its first file.
+                | {
+                    key: wandb.Table(
+                        columns=list(table.columns),
+                        data=[list(cells) for cells in table.rows],
+                        log_mode="IMMUTABLE",
+                    )
+                    for key, table in media.tables.items()
+                }
+                | {
+                    key: wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))
+                    for key, (edges, counts) in media.histograms.items()
+                }
+            )
+            for key, path in media.arrays.items():
+                artifact = wandb.Artifact(f"{file_name(key)}-{run.id}", type="arrays")
+                # Staged as a copy: after a resume the file in the run folder is written again.
+                artifact.add_file(path)
+                run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+        run.log({**row, "trainer/global_step": step})
 
     def _start(self) -> Any:
         import wandb

@@ -14,9 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from callbacks.dashboard import Dashboard, check_media
+from callbacks.dashboard import Dashboard, check_findings
 from callbacks.exact_resume import random_state, restore_random_state
-from callbacks.run_folder import MEDIA
 from policies.interface import Findings
 
 ERROR_FILE = "diagnostic_errors.log"
@@ -29,11 +28,17 @@ class Diagnostic(Callback):
     optimiser step, never in the sanity check, on one process only, and always at the last
     validation of a run. Its findings go to the :class:`~callbacks.dashboard.Dashboard`.
 
+    With ``max_share`` it keeps out of the way of training: when one more run, as long as the one
+    before, would lift its share of the wall time above that, it is skipped, except at the first
+    validation that it is due and at the last. ``diagnostics/<name>_skipped`` (1 or 0) and
+    ``diagnostics/<name>_share`` say so; training itself is the same, skipped or not.
+
     Args:
         every_n_validations: Validations from one run to the next.
         at_start: Whether to run before the first step, too.
         strict: Whether an error stops training; otherwise it is written down and counted.
         name: Folder of its files and key of its times; from the class name when None.
+        max_share: Largest share of the wall time since training began, 0 to 1; unbounded when None.
     """
 
     def __init__(
@@ -42,16 +47,22 @@ class Diagnostic(Callback):
         at_start: bool = False,
         strict: bool = False,
         name: str | None = None,
+        max_share: float | None = None,
     ) -> None:
         if every_n_validations < 1:
             raise ValueError(f"every_n_validations {every_n_validations}: must be 1 or more")
+        if max_share is not None and not 0 <= max_share <= 1:
+            raise ValueError(f"max_share {max_share}: must be a share from 0 to 1, or null")
         self.every_n_validations = every_n_validations
         self.at_start = at_start
         self.strict = strict
         self.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+        self.max_share = max_share
         self._validations = 0
         self._last_step = -1
-        self._state = {"validations": 0, "last_step": -1}
+        self._spent_s = 0.0
+        self._last_s = 0.0
+        self._keep_state()
 
     @abstractmethod
     def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
@@ -77,12 +88,38 @@ class Diagnostic(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = state_dict["validations"]
         self._last_step = state_dict["last_step"]
-        self._state = dict(state_dict)
+        # Absent from checkpoints of before shares were bounded.
+        self._spent_s = state_dict.get("spent_s", 0.0)
+        self._last_s = state_dict.get("last_s", 0.0)
+        self._keep_state()
+
+    def _keep_state(self) -> None:
+        self._state = {
+            "validations": self._validations,
+            "last_step": self._last_step,
+            "spent_s": self._spent_s,
+            "last_s": self._last_s,
+        }
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a name that another diagnostic has.
+
+        Raises:
+            ValueError: If they would share a folder and the keys of their times.
+        """
+        for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(other, Diagnostic) and other is not self and other.name == self.name:
+                raise ValueError(
+                    f"{type(self).__name__} and {type(other).__name__} are both called "
+                    f"{self.name!r}: give one another name"
+                )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.at_start and trainer.global_step == 0:
             self._run(trainer, pl_module)
+            self._keep_state()
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,18 +131,20 @@ class Diagnostic(Callback):
         if trainer.global_step == self._last_step:
             return
         self._validations += 1
-        if self._validations % self.every_n_validations == 0 or is_last_validation(trainer):
-            self._run(trainer, pl_module)
+        last = is_last_validation(trainer)
+        if last or self._validations % self.every_n_validations == 0:
+            first = self._validations <= self.every_n_validations
+            self._run(trainer, pl_module, may_skip=not (first or last))
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._state = {"validations": self._validations, "last_step": self._last_step}
+        self._keep_state()
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run(trainer, pl_module)
 
-    def _run(self, trainer: Trainer, module: LightningModule) -> None:
+    def _run(self, trainer: Trainer, module: LightningModule, may_skip: bool = False) -> None:
         # Someone waits for the process to end. A validation without this would count as done.
         if trainer.received_sigterm and trainer.state.fn == "fit" and trainer.validating:
             raise SIGTERMException
@@ -118,15 +157,21 @@ class Diagnostic(Callback):
         ):
             return
         dashboard = Dashboard.of(trainer)
+        if may_skip and self.max_share is not None:
+            spent_s = self._spent_s + self._last_s
+            if spent_s > self.max_share * (dashboard.elapsed_s + self._last_s):
+                self._note_share(dashboard, skipped=True)
+                return
         run = Path(trainer.default_root_dir)
-        folder = run / MEDIA / f"step_{dashboard.step(trainer):06d}" / self.name
+        folder = dashboard.media_folder(trainer) / self.name
         began = time.perf_counter()
         findings = Findings()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with undisturbed(module):
                 found = self.diagnose(trainer, module, folder)
-            check_media(found)
+            check_findings(found)
+            dashboard.claim(self.name, found)
             findings = found
         except Exception as error:
             if self.strict:
@@ -142,7 +187,21 @@ class Diagnostic(Callback):
         finally:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only when nothing was drawn
-        dashboard.receive(trainer, module, self.name, findings, time.perf_counter() - began)
+        took_s = time.perf_counter() - began
+        if trainer.state.fn == "fit":
+            self._spent_s += took_s
+            self._last_s = took_s
+            if self.max_share is not None:
+                self._note_share(dashboard, skipped=False)
+        dashboard.receive(trainer, module, self.name, findings, took_s)
+
+    def _note_share(self, dashboard: Dashboard, skipped: bool) -> None:
+        dashboard.note(
+            {
+                f"diagnostics/{self.name}_skipped": float(skipped),
+                f"diagnostics/{self.name}_share": self._spent_s / max(dashboard.elapsed_s, 1e-9),
+            }
+        )
 
 
 def is_last_validation(trainer: Trainer) -> bool:

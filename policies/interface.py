@@ -55,6 +55,17 @@ class Observation:
             environment_state=move(self.environment_state),
         )
 
+    def rows(self, index: slice | Int[Tensor, " row"]) -> "Observation":
+        """Some of the samples."""
+        return replace(
+            self,
+            images={name: image[index] for name, image in self.images.items()},
+            state=None if self.state is None else self.state[index],
+            environment_state=(
+                None if self.environment_state is None else self.environment_state[index]
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -89,6 +100,46 @@ class Batch:
             episode_index=move(self.episode_index),
             frame_index=move(self.frame_index),
             simulator_state=None if self.simulator_state is None else move(self.simulator_state),
+        )
+
+    def rows(self, index: slice | Int[Tensor, " row"]) -> "Batch":
+        """Some of the samples."""
+        return replace(
+            self,
+            observation=self.observation.rows(index),
+            actions=self.actions[index],
+            action_is_pad=self.action_is_pad[index],
+            episode_index=self.episode_index[index],
+            frame_index=self.frame_index[index],
+            simulator_state=None if self.simulator_state is None else self.simulator_state[index],
+        )
+
+    @classmethod
+    def concatenate(cls, batches: "Sequence[Batch]") -> "Batch":
+        """Join batches of one data set, in order."""
+        first = batches[0]
+
+        def join(tensors: "Sequence[Tensor | None]") -> Tensor | None:
+            present = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(present) if present else None
+
+        def joined(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat(list(tensors))
+
+        return cls(
+            observation=Observation(
+                images={
+                    name: joined([batch.observation.images[name] for batch in batches])
+                    for name in first.observation.images
+                },
+                state=join([batch.observation.state for batch in batches]),
+                environment_state=join([batch.observation.environment_state for batch in batches]),
+            ),
+            actions=joined([batch.actions for batch in batches]),
+            action_is_pad=joined([batch.action_is_pad for batch in batches]),
+            episode_index=joined([batch.episode_index for batch in batches]),
+            frame_index=joined([batch.frame_index for batch in batches]),
+            simulator_state=join([batch.simulator_state for batch in batches]),
         )
 
 
@@ -202,9 +253,72 @@ class PolicyView(Protocol):
         ...
 
 
+@runtime_checkable
+class SamplingPolicyView(PolicyView, Protocol):
+    """A policy that can draw action chunks: what action landscapes are made of."""
+
+    def sample_chunks(
+        self,
+        observation: Observation,
+        n_samples: int,
+        seed: int = 0,
+        queries: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch sample query action"]:
+        """Draw action chunks in data units.
+
+        Sample j of every observation comes from the same random numbers, and equal seeds give equal
+        samples, so that differences between observations and between checkpoints are theirs.
+
+        Args:
+            observation: What the policy sees, on the policy's device.
+            n_samples: Chunks per observation.
+            seed: Of the random numbers.
+            queries: Chunk steps to return; all when None.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows to sort and filter, e.g. one for each episode, whose cells JSON can say.
+
+    Raises:
+        ValueError: If rows differ from the columns in length, columns share a name, or a column
+            mixes text, numbers and truth values.
+    """
+
+    columns: tuple[str, ...]
+    """Names, with units where they could be mistaken."""
+    rows: tuple[tuple[str | int | float | bool | None, ...], ...]
+    """Cells in the order of ``columns``; None for what was not measured."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"columns {self.columns}: each needs a name of its own")
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"row {row}: has {len(row)} cells for columns {self.columns}")
+        for name, cells in zip(self.columns, zip(*self.rows, strict=True), strict=False):
+            kinds = {type(cell) for cell in cells} - {type(None)}
+            # A bool is an int to isinstance, and a NumPy number is neither to JSON.
+            if foreign := kinds - {str, int, float, bool}:
+                raise ValueError(
+                    f"column {name!r}: {foreign.pop().__name__} is no plain value; convert it with "
+                    "float(), int(), bool() or str()"
+                )
+            if len(kinds) > 1 and kinds != {int, float}:
+                raise ValueError(
+                    f"column {name!r}: mixes {sorted(kind.__name__ for kind in kinds)}; "
+                    "use one kind, and None for a gap"
+                )
+
+
 @dataclass(frozen=True)
 class Findings:
-    """What a diagnostic hands to the logging room: numbers, and files already on disk."""
+    """What a diagnostic hands to the logging room: numbers, and files already on disk.
+
+    A key belongs to one diagnostic and one kind, and stays the same at every checkpoint.
+    """
 
     scalars: dict[str, float] = field(default_factory=dict)
     """Metric name to value, e.g. ``rollout/mean_max_coverage``."""
@@ -212,3 +326,9 @@ class Findings:
     """Media name to PNG path."""
     videos: dict[str, str] = field(default_factory=dict)
     """Media name to mp4 path (H.264, yuv420p)."""
+    tables: dict[str, Table] = field(default_factory=dict)
+    """Table name to at most 10 000 rows."""
+    histograms: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    """Name to (edges, counts): rising edges, one more than the at most 512 counts."""
+    arrays: dict[str, str] = field(default_factory=dict)
+    """Artifact name to path of an npz with what the numbers and pictures were made from."""

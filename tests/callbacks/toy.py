@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from callbacks.schedule import Diagnostic
-from policies.interface import Batch, Findings, Observation
+from policies.interface import Batch, Findings, Observation, Table
 
 SAMPLES = 44
 BATCH_SIZE = 4
@@ -261,7 +261,7 @@ class SignalAt(Callback):
 
 
 class Shout(Diagnostic):
-    """Draws a picture and a film, and tries to disturb everything on the way."""
+    """Finds something of each kind, and tries to disturb everything on the way."""
 
     def __init__(
         self,
@@ -271,8 +271,9 @@ class Shout(Diagnostic):
         name: str | None = None,
         fail: bool = False,
         terminate_at: int = 0,
+        max_share: float | None = None,
     ) -> None:
-        super().__init__(every_n_validations, at_start, strict, name)
+        super().__init__(every_n_validations, at_start, strict, name, max_share)
         self.fail = fail
         self.terminate_at = terminate_at
         self.weights: list[torch.Tensor] = []
@@ -299,13 +300,25 @@ class Shout(Diagnostic):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.fail:
             raise RuntimeError("ink is out")
-        picture, film = folder / "square.png", folder / "square.mp4"
+        if self.terminate_at:
+            return Findings()
+        step = trainer.global_step
+        picture, film, wave = folder / "square.png", folder / "square.mp4", folder / "wave.npz"
         Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(picture)
         film.write_bytes(TINY_MP4)
+        np.savez_compressed(wave, pressure=np.arange(3, dtype=np.float16) + step)
         return Findings(
-            scalars={"shout/loudness": 0.1 * trainer.global_step},
-            images={"shout/square": str(picture)},
-            videos={"shout/film": str(film)},
+            scalars={f"{self.name}/loudness": 0.1 * step},
+            images={f"{self.name}/square": str(picture)},
+            videos={f"{self.name}/film": str(film)},
+            tables={
+                f"{self.name}/words": Table(
+                    columns=("word", "step", "loudness", "heard"),
+                    rows=(("hey", step, 0.1 * step, True), ("ho", step, None, False)),
+                )
+            },
+            histograms={f"{self.name}/pitch": ((0.0, 0.5, 2.0), (3, step))},
+            arrays={f"{self.name}/wave": str(wave)},
         )
 
 
