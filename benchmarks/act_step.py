@@ -1,6 +1,6 @@
 """One ACT training step against LeRobot's: same weights, batch, data and threads, alternating.
 
-    python benchmarks/act_step.py --threads 2 --rounds 9
+    python -m benchmarks.act_step --threads 2 --rounds 9
 
 Both run forward, backward, gradient clipping and AdamW at LeRobot's defaults (51.6 M parameters,
 96 x 96 px, chunk 100, batch 8, float32). The floor is what the multiplications alone would take:

@@ -1,6 +1,6 @@
 """How well, how fast and how smoothly the scripted PushT expert plays.
 
-    OMP_NUM_THREADS=1 python benchmarks/expert.py
+    OMP_NUM_THREADS=1 python -m benchmarks.expert
 
 Prints one table and writes ``benchmarks/results/expert.json``. CPU seconds count planning and
 physics, and planning alone; rendering is not included.

@@ -1,6 +1,6 @@
 """A CPU-sized sweep of ACT on human demonstrations: kl_weight, chunk size, queue and ensembling.
 
-    python benchmarks/sweep_act.py --path DEMOS.hdf5 --output_dir outputs/sweep
+    python -m benchmarks.sweep_act --path DEMOS.hdf5 --output_dir outputs/sweep
 
 Every run is ``train.py fit`` on ``configs/demo.yaml`` with the data replaced, pictures resized to
 48 px, and equal steps; every policy is then rolled out on the same seeds in each way of acting. One
