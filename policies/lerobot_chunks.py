@@ -4,9 +4,11 @@ All of it works on normalised values and LeRobot's own batch keys.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from einops import repeat
 from jaxtyping import Float
@@ -77,6 +79,20 @@ class DiffusionChunks:
         noise: Tensor | None,
     ) -> Tensor:
         """Denoise; the first steps lie before the observed instant and are left out."""
+        return self.denoise(encoded, n_samples, generators, noise)[:, self.first :]
+
+    def denoise(
+        self,
+        encoded: Float[Tensor, "batch condition"],
+        n_samples: int,
+        generators: Generators,
+        noise: Tensor | None,
+    ) -> Float[Tensor, "row horizon action"]:
+        """Draw whole horizons, which begin ``n_obs_steps - 1`` steps before the observed instant.
+
+        Raises:
+            ValueError: If ``noise`` has the wrong shape.
+        """
         condition = repeat(encoded, "batch ... -> (batch sample) ...", sample=n_samples)
         if noise is None:
             noise = _gaussian(generators, len(condition), self.noise_shape)
@@ -85,14 +101,49 @@ class DiffusionChunks:
                 f"noise has shape {tuple(noise.shape)}, expected "
                 f"{(len(condition), *self.noise_shape)}: batch, horizon, action"
             )
-        actions = self.policy.diffusion.conditional_sample(
+        return self.policy.diffusion.conditional_sample(
             len(condition),
             global_cond=condition,
             # The sampler of diffusers takes one generator for all rows, or one per row.
             generator=generators,
             noise=noise.to(condition.device, condition.dtype),
         )
-        return actions[:, self.first :]
+
+    @property
+    def noise_levels(self) -> Float[Tensor, " timestep"]:
+        """Noise over signal, ``sqrt((1 - abar_t) / abar_t)`` at every training timestep, float64.
+
+        DDPM and DDIM share it; what they do between two levels plays no part here.
+        """
+        signal = self.policy.diffusion.noise_scheduler.alphas_cumprod.double()
+        return ((1 - signal) / signal).sqrt()
+
+    def predict_noise(
+        self,
+        encoded: Float[Tensor, "row condition"],
+        noised: Float[Tensor, "row horizon action"],
+        level: float,
+    ) -> Float[Tensor, "row horizon action"]:
+        """Predict eps in ``noised = horizon + level * eps``; gradients flow.
+
+        Between two training timesteps the network is asked at a fractional one: it sees its
+        timestep through smooth sinusoids, and ``atan(level)`` is nearly linear in the timestep.
+        ``clip_sample`` belongs to LeRobot's sampler, not to the prediction, and is left out.
+
+        Raises:
+            ValueError: If the level lies outside those the network was trained on.
+        """
+        levels = self.noise_levels.cpu().numpy()
+        if not levels[0] * (1 - 1e-9) <= level <= levels[-1] * (1 + 1e-9):
+            raise ValueError(f"noise level {level} must lie in {levels[0]:.4g}..{levels[-1]:.4g}")
+        timestep = float(np.interp(np.arctan(level), np.arctan(levels), np.arange(len(levels))))
+        # Networks see sqrt(abar) horizon + sqrt(1 - abar) eps: unit variance, not unit signal.
+        scaled = (noised / math.hypot(1, level)).to(encoded.dtype)
+        timesteps = torch.full((len(scaled),), timestep, device=scaled.device)
+        predicted = self.policy.diffusion.unet(scaled, timesteps, global_cond=encoded).to(noised)
+        if self.policy.config.prediction_type == "sample":
+            return (noised - predicted) / level
+        return predicted
 
 
 class VQBeTChunks:

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from policies.backbones import to_unit_range
 from policies.checkpoint_files import CheckpointError
 from policies.interface import Batch, DataSchema, Observation
-from policies.lerobot_chunks import chunk_source
+from policies.lerobot_chunks import DiffusionChunks, chunk_source
 from policies.lerobot_config import (
     ENVIRONMENT_STATE_KEY,
     STATE_KEY,
@@ -158,7 +158,7 @@ class LeRobotPolicyView:
         self,
         observation: Observation,
         n_samples: int,
-        generator: torch.Generator | None = None,
+        seed: int = 0,
         queries: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch sample query action"]:
         """Draw several chunks per observation; the observation is encoded once (diffusion).
@@ -169,7 +169,7 @@ class LeRobotPolicyView:
         Args:
             observation: What the policy sees, on the policy's device.
             n_samples: Chunks per observation.
-            generator: Source of the noise; the view's seed when None.
+            seed: Of the noise.
             queries: Chunk steps to return; all when None.
 
         Raises:
@@ -185,10 +185,8 @@ class LeRobotPolicyView:
             raise ValueError(f"n_samples={n_samples} must be at least 1")
         self._check_queries(queries)
         batch = self._normalise(observation)
-        source = generator or torch.Generator().manual_seed(self.seed)
-        seeds = torch.randint(2**62, (n_samples,), generator=source, device=source.device).tolist()
         n_observations = len(next(iter(observation.images.values()), observation.state))  # pyright: ignore[reportArgumentType]
-        streams = [torch.Generator().manual_seed(seed) for seed in seeds * n_observations]
+        streams = _common_streams(seed, n_samples, n_observations)
         with _evaluating(self.policy):
             chunk = self._chunks.sample(self._chunks.encode(batch), n_samples, streams, None)
         chunk = chunk if queries is None else chunk[:, list(queries)]
@@ -205,6 +203,40 @@ class LeRobotPolicyView:
             "batch (sample query) action -> batch sample query action",
             sample=n_samples,
         )
+
+    def diffusion(self, observation: Observation) -> "HorizonDiffusion":
+        """The denoising process behind the chunks of some observations, each encoded once.
+
+        Args:
+            observation: What the policy sees, on the policy's device.
+
+        Raises:
+            ValueError: If the policy is no Diffusion Policy, a dimension of its actions has no
+                scale, or as in :meth:`predict_chunk`.
+        """
+        chunks = self._chunks
+        if not isinstance(chunks, DiffusionChunks):
+            raise ValueError(
+                f"LeRobot's {self.policy.config.type} predicts no noise: only Diffusion Policy "
+                "(type 'diffusion') does"
+            )
+        # What is encoded in inference mode could not take part in gradients later.
+        with torch.inference_mode(False), torch.no_grad():
+            batch = self._normalise(observation)
+            with _evaluating(self.policy):
+                encoded = chunks.encode(batch)
+            # Every scaling of LeRobot's is affine in each dimension: two points say all of it.
+            ends = encoded.new_zeros(len(encoded), 2, self._data_schema.action_dim)
+            ends[:, 1] = 1
+            offset, one = self._to_data_units(ends).double().unbind(1)
+            scale = one - offset
+        constant = (scale <= 0).any(0).nonzero().flatten().tolist()
+        if constant:
+            raise ValueError(
+                f"action dimensions {constant} never change in the policy's statistics: actions "
+                "have no density there"
+            )
+        return HorizonDiffusion(chunks, encoded, offset, scale[0])
 
     def training_batch(self, batch: Batch) -> dict[str, Any]:
         """Give a batch the form that the policy's ``forward`` takes, normalised."""
@@ -319,6 +351,76 @@ class LeRobotPolicyView:
             torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes(), self.seed))
             for row in rows
         ]
+
+
+class HorizonDiffusion:
+    """Diffusion over whole horizons of actions, given some observations, in data units.
+
+    ``noised = horizon + level * scale * eps`` with eps ~ N(0, 1): the variance exploding form of
+    LeRobot's process (Karras et al. 2022, https://arxiv.org/abs/2206.00364), which turns
+    normalised horizons into data units by ``offset + scale * normalised``.
+
+    Args:
+        chunks: How the policy denoises.
+        encoded: Its observations.
+        offset: Data units of a normalised 0.
+        scale: Data units of a normalised 1, beyond the offset.
+    """
+
+    def __init__(
+        self,
+        chunks: DiffusionChunks,
+        encoded: Float[Tensor, "frame condition"],
+        offset: Float[Tensor, "frame action"],
+        scale: Float[Tensor, " action"],
+    ):
+        self._chunks = chunks
+        self._encoded = encoded
+        self.offset = offset
+        self.scale = scale
+
+    @property
+    def horizon(self) -> int:
+        """Steps of a horizon, past ones included."""
+        return self.n_past + self._chunks.chunk_size
+
+    @property
+    def n_past(self) -> int:
+        """Steps of a horizon before the observed instant."""
+        return self._chunks.first
+
+    @property
+    def noise_levels(self) -> Float[Tensor, " timestep"]:
+        """Standard deviations of the noise in training, in units of ``scale``, ascending."""
+        return self._chunks.noise_levels
+
+    def predict_noise(
+        self,
+        noised: Float[Tensor, "row horizon action"],
+        level: float,
+        frames: Int[Tensor, " row"],
+    ) -> Float[Tensor, "row horizon action"]:
+        """Predict eps, of unit variance; gradients flow.
+
+        Args:
+            noised: Horizons with noise, data units.
+            level: Of the noise, within :attr:`noise_levels`.
+            frames: Observation that each row belongs to.
+        """
+        normalised = (noised - self.offset[frames, None]) / self.scale
+        with _evaluating(self._chunks.policy):
+            return self._chunks.predict_noise(self._encoded[frames], normalised, level)
+
+    def sample_horizons(self, seed: int = 0) -> Float[Tensor, "frame horizon action"]:
+        """Draw one horizon per observation; from ``n_past`` on it is ``sample_chunks(...)[:, 0]``.
+
+        Args:
+            seed: Of the noise, which all observations share.
+        """
+        streams = _common_streams(seed, 1, len(self._encoded))
+        with torch.no_grad(), _evaluating(self._chunks.policy):
+            horizons = self._chunks.denoise(self._encoded, 1, streams, None)
+        return self.offset[:, None] + self.scale * horizons.double()
 
 
 def load_lerobot_policy(
@@ -483,6 +585,13 @@ def _read_processors(
         raise LeRobotFormatError(
             folder, f"LeRobot cannot read its processors ({error})", "Copy the whole folder again"
         ) from error
+
+
+def _common_streams(seed: int, n_samples: int, n_observations: int) -> list[torch.Generator]:
+    """Random numbers for each sample, the same for every observation."""
+    source = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**62, (n_samples,), generator=source).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds * n_observations]
 
 
 def _statistics_of(pipeline: "PolicyProcessorPipeline") -> Statistics:

@@ -18,6 +18,7 @@ _CHECKED = (
     "policies.act",
     "policies.backbones",
     "policies.ensembling",
+    "landscapes",
     "datamodules",
     "envs",
     "rendering",

@@ -1,0 +1,1 @@
+"""What a policy would do everywhere in action space: densities, methods and their metrics."""
