@@ -24,6 +24,8 @@ class Command:
     """Shared options that must be given."""
     optional: tuple[str, ...] = ()
     """Shared options that may be given."""
+    several: tuple[str, ...] = ()
+    """Shared options that take more than one value."""
 
 
 COMMANDS = {
@@ -42,6 +44,13 @@ COMMANDS = {
         "commands.rollout",
         "let a policy act: success and score with intervals, videos, one row per variant",
         required=("policy_path", "output_dir"),
+    ),
+    "landscape": Command(
+        "commands.landscape",
+        "what a policy would do everywhere on the board: densities, videos, calibration",
+        required=("policy_path", "dataset_repo_id", "output_dir"),
+        optional=("episode_idx",),
+        several=("policy_path", "episode_idx"),
     ),
     "export": Command(
         "commands.export",
@@ -75,7 +84,10 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         below = commands.add_parser(name, help=command.summary, description=command.summary)
         for option in (*command.required, *command.optional):
-            below.add_argument(f"--{option}", required=option in command.required, **SHARED[option])
+            more = {"nargs": "+"} if option in command.several else {}
+            below.add_argument(
+                f"--{option}", required=option in command.required, **SHARED[option], **more
+            )
         if name == chosen:
             import_module(command.module).add_arguments(below)
     return parser

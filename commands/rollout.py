@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from commands.inputs import device, task_class
 from envs.rollout import Controller, RolloutResult, rollout
 from envs.task import Task
 from policies.ensembling import ActionQueue, TemporalEnsembler
@@ -89,10 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{folder / RESULT_FILE} is there already: choose another --output_dir")
     if arguments.n_episodes < 1:
         raise ValueError(f"--n_episodes is {arguments.n_episodes}: give at least 1")
-    device = _device(arguments.device)
-    task_class = _task_class(arguments.task)
-    policy = load_policy(arguments.policy_path, device, arguments.revision)
-    task = task_class.for_policy(policy.view.data_schema)
+    on = device(arguments.device)
+    task_type = task_class(arguments.task)
+    policy = load_policy(arguments.policy_path, on, arguments.revision)
+    task = task_type.for_policy(policy.view.data_schema)
     plans = variants(policy, arguments.n_action_steps, arguments.temporal_ensemble_coeff)
     folder.mkdir(parents=True, exist_ok=True)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.n_episodes)
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
             task,
             seeds,
             variant.controller(policy.view),
-            device,
+            on,
             n_parallel=arguments.n_parallel,
             record=arguments.n_videos,
             progress=console.is_terminal,
@@ -187,29 +188,3 @@ def _cells(row: dict, names: list[str], scores: list[str]) -> Iterator[str]:
         low, high = summary[f"{name}_low"], summary[f"{name}_high"]
         yield f"{summary[name]:.3f} [{low:.3f}, {high:.3f}]"
     yield f"{summary['mean_n_steps']:.0f}"
-
-
-def _task_class(class_path: str) -> type[Task]:
-    from importlib import import_module
-
-    module, _, name = class_path.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--task {class_path}: no such class ({error}); the one that is built in is "
-            "envs.push_t.PushTTask"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ValueError(f"--task {class_path}: is no envs.task.Task")
-    return found
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device here; give --device cpu")
-    return name

@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from envs.replay import replay
 from envs.task import Environment, EnvironmentObservation, Task
 from policies.interface import Observation, PolicyView
 
@@ -89,15 +90,8 @@ class EpisodeRecording:
 
     def frames(self, task: Task, size_px: int = 288) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """Draw the start and what each action led to, with the action whose turn it is."""
-        env = task.make()
-        try:
-            for state, action in zip(
-                self.simulator_states, [*self.actions, self.actions[-1]], strict=True
-            ):
-                env.reset_to(state)
-                yield env.frame(size_px, action)
-        finally:
-            env.close()
+        targets = np.concatenate([self.actions, self.actions[-1:]])
+        return replay(task, self.simulator_states, targets, size_px)
 
     def captions(self) -> list[str]:
         """One line per frame: seed, step, score and best score so far."""

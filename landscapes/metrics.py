@@ -248,7 +248,8 @@ class LandscapeMetrics:
                 f"{share:.0%} of frames have several modes, excess entropy {excess:.2f} nats, "
                 f"nll(z0) - nll {z_value:+.2f} nats"
             )
-            if excess > MULTIMODAL_EXCESS_NATS and z_value > MULTIMODAL_VALUE_NATS:
+            is_informed = values["nll"] < self.log_area
+            if excess > MULTIMODAL_EXCESS_NATS and z_value > MULTIMODAL_VALUE_NATS and is_informed:
                 found.append(f"real multimodality: the modes explain demonstrations ({evidence}).")
             else:
                 found.append(

@@ -767,6 +767,100 @@ class ACTPolicy(nn.Module):
         actions = self.network.decode(tokens, latent, queries)
         return self.unnormalise_actions(actions, observation)
 
+    def sample_chunks(
+        self,
+        observation: Observation,
+        n_samples: int,
+        seed: int = 0,
+        queries: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch sample query action"]:
+        """Decode chunks in data units for one fixed set of latents from the prior.
+
+        Args:
+            observation: What the policy sees, on the policy's device.
+            n_samples: Latents per observation; the same for every observation.
+            seed: Of the latents (:func:`prior_latents`).
+            queries: Chunk steps to decode; all when None.
+
+        Raises:
+            ValueError: If a query lies outside the chunk, or ``n_samples`` is not positive.
+        """
+        if n_samples < 1:
+            raise ValueError(f"n_samples={n_samples} must be at least 1")
+        if self.network.posterior is None:
+            # Trained without a latent: every sample is the same chunk.
+            chunk = self.predict_chunk(observation, queries)
+            return repeat(
+                chunk, "batch query action -> batch sample query action", sample=n_samples
+            )
+        latents = prior_latents(n_samples, self.network.latent_dim, seed)
+        return self.decode_latents(observation, latents[None], queries)
+
+    def decode_latents(
+        self,
+        observation: Observation,
+        latents: Float[Tensor, "#batch sample latent"],
+        queries: Sequence[int] | None = None,
+        max_columns: int = 1024,
+    ) -> Float[Tensor, "batch sample query action"]:
+        """Decode chunks in data units, given latents; pictures are encoded once.
+
+        z is a token of the transformer encoder, so everything after the backbone runs once per
+        latent. Observations and latents share one batch axis, in pieces of bounded memory.
+
+        Args:
+            observation: What the policy sees, on the policy's device.
+            latents: z for each observation, or one set for all.
+            queries: Chunk steps to decode; all when None.
+            max_columns: Pairs of observation and latent that are decoded at once.
+
+        Raises:
+            ValueError: If a query lies outside the chunk.
+        """
+        if queries is not None and not all(0 <= query < self.chunk_size for query in queries):
+            raise ValueError(f"queries {list(queries)} must lie in 0..{self.chunk_size - 1}")
+        tokens = self.encode_observation(observation)
+        n_batch, n_samples = len(tokens.tokens), latents.shape[1]
+        flat = rearrange(
+            latents.to(tokens.tokens).expand(n_batch, -1, -1),
+            "batch sample latent -> (batch sample) latent",
+        )
+        rows = torch.arange(n_batch * n_samples, device=flat.device) // n_samples
+        decoded = torch.cat(
+            [
+                self.network.decode(
+                    ObservationTokens(tokens.tokens[row], tokens.positions), latent, queries
+                )
+                for row, latent in zip(
+                    rows.split(max_columns), flat.split(max_columns), strict=True
+                )
+            ]
+        )
+        # All samples of an observation as one long chunk, so that relative actions find its state.
+        actions = self.unnormalise_actions(
+            rearrange(
+                decoded,
+                "(batch sample) query action -> batch (sample query) action",
+                sample=n_samples,
+            ),
+            observation,
+        )
+        return rearrange(
+            actions, "batch (sample query) action -> batch sample query action", sample=n_samples
+        )
+
+
+def prior_latents(n_samples: int, latent_dim: int, seed: int = 0) -> Float[Tensor, "sample latent"]:
+    """Draw z ~ N(0, I) once and for all: scrambled Sobol points through the normal quantile.
+
+    The same set serves all frames and checkpoints (common random numbers), so that videos do not
+    flicker and differences between checkpoints are paired.
+    """
+    uniform = torch.quasirandom.SobolEngine(latent_dim, scramble=True, seed=seed).draw(
+        n_samples, dtype=torch.float64
+    )
+    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+
 
 def sinusoidal_positions_1d(n_positions: int, dim: int) -> Float[Tensor, "position dim"]:
     """Sinusoidal positions of Vaswani et al. 2017, section 3.5, sine and cosine interleaved."""

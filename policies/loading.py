@@ -30,6 +30,8 @@ class LoadedPolicy:
     temporal_ensemble_coeff: float | None = None
     """What the policy's own config asks for; None for its action queue."""
     action_unit: str = "px"
+    split: Mapping[str, list[int]] | None = None
+    """Episodes of its data set that the run trained on (``train``) and held out (``val``)."""
 
 
 def load_policy(
@@ -122,7 +124,15 @@ def _load_checkpoint(path: Path, device: str | torch.device) -> LoadedPolicy:
         view, coefficient = lerobot_policy_from_checkpoint(checkpoint, path, device)
     else:
         view = policy_from_checkpoint(checkpoint, path).to(device).eval()
-    return LoadedPolicy(view, path, "policyscope", coefficient, arguments.get("action_unit", "px"))
+    data = [value for value in checkpoint.values() if isinstance(value, dict) and "split" in value]
+    return LoadedPolicy(
+        view,
+        path,
+        "policyscope",
+        coefficient,
+        arguments.get("action_unit", "px"),
+        data[0]["split"] if data else None,
+    )
 
 
 def policy_from_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> ACTPolicy:
