@@ -10,6 +10,7 @@ over rounds of CPU time, which other programs disturb less than the clock.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -80,7 +81,10 @@ def main() -> None:
         for side, units in found.items()
     }
     results = {
-        "machine": {"cpu": platform.processor() or platform.machine()},
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "load_average": os.getloadavg()[0],
+        },
         "threads": args.threads,
         "torch": torch.__version__,
         "rounds": args.rounds,

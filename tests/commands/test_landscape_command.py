@@ -780,3 +780,18 @@ def test_only_the_command_that_takes_several_gets_a_list():
     assert (few.policy_path, few.episode_idx, few.dataset_repo_id) == (["a", "b"], None, "d")
     one = parse("rollout", "--policy_path", "a", "--output_dir", "o")
     assert one.policy_path == "a"
+
+
+def test_the_scale_is_fitted_on_episodes_the_policy_has_not_seen():
+    from types import SimpleNamespace
+
+    from commands.landscape import _calibration_episodes, _held_out
+
+    policy = SimpleNamespace(split={"train": [0, 1, 2, 4], "val": [3, 5]})
+    assert _held_out(policy, range(6)) == {3, 5}
+    assert _held_out(policy, range(7)) is None  # another data set
+    assert _held_out(SimpleNamespace(split=None), range(6)) is None
+    arguments = SimpleNamespace(calibration_episodes=None, episode_idx=[3])
+    assert _calibration_episodes(arguments, range(6), {3, 5}) == [5]
+    assert _calibration_episodes(arguments, range(6), {3}) == [0, 1, 2, 4, 5]
+    assert _calibration_episodes(arguments, range(6), None) == [0, 1, 2, 4, 5]
