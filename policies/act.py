@@ -801,7 +801,7 @@ class ACTPolicy(nn.Module):
         observation: Observation,
         latents: Float[Tensor, "#batch sample latent"],
         queries: Sequence[int] | None = None,
-        max_columns: int = 1024,
+        max_columns: int | None = None,
     ) -> Float[Tensor, "batch sample query action"]:
         """Decode chunks in data units, given latents; pictures are encoded once.
 
@@ -812,7 +812,8 @@ class ACTPolicy(nn.Module):
             observation: What the policy sees, on the policy's device.
             latents: z for each observation, or one set for all.
             queries: Chunk steps to decode; all when None.
-            max_columns: Pairs of observation and latent that are decoded at once.
+            max_columns: Pairs of observation and latent that are decoded at once; when None 128 on
+                a CPU, whose caches then hold the activations, and 4096 elsewhere.
 
         Raises:
             ValueError: If a query lies outside the chunk.
@@ -825,6 +826,8 @@ class ACTPolicy(nn.Module):
             latents.to(tokens.tokens).expand(n_batch, -1, -1),
             "batch sample latent -> (batch sample) latent",
         )
+        if max_columns is None:
+            max_columns = 128 if flat.device.type == "cpu" else 4096
         rows = torch.arange(n_batch * n_samples, device=flat.device) // n_samples
         decoded = torch.cat(
             [
