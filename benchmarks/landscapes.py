@@ -79,7 +79,7 @@ AGREEMENT_PX = 1e-3
 EPISODE_STEPS = 100
 EPISODE_THREADS = 2
 EPISODE_TARGET_S = 60
-# One in ten scripted episodes is shorter than 60 steps; one of twelve surely reaches 100.
+# The longest is shown, others calibrate.
 EPISODES = 12
 
 

@@ -1,6 +1,6 @@
 """How far our ACT acts from LeRobot's: 300 recorded steps through LeRobot's ``select_action``.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.lerobot_agreement
+    OMP_NUM_THREADS=1 python -m benchmarks.lerobot_agreement
 
 LeRobot's ACT at its default size, trained for a few steps, is written with LeRobot's own
 ``save_pretrained`` and read by :func:`policies.loading.load_policy`. Both see the same recording,

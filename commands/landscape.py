@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n_calibration_frames",
         type=int,
-        default=100,
+        default=64,
         metavar="N",
         help="frames of them that are used, evenly spread (default: %(default)s)",
     )
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n_evidence_frames",
         type=int,
-        default=8,
+        default=4,
         metavar="N",
         help="frames whose whole demonstrated chunk ACT's evidence is estimated for",
     )

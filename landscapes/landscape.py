@@ -11,6 +11,7 @@ from torch import Tensor
 from landscapes.density import Mixture
 from landscapes.grid import Grid
 from landscapes.regions import CREDIBLE_LEVELS
+from policies.act import ACTPolicy, prior_latents
 from policies.interface import Batch, SamplingPolicyView
 
 HORIZONS = (0, 8, 16, 32)
@@ -105,13 +106,28 @@ def predict(
     if not queries or queries[0] < 0 or queries[-1] >= reach:
         raise ValueError(f"horizons {list(queries)} must lie in 0..{reach - 1}, within the chunk")
     columns = list(queries)
+    samples, point = _answers(view, batch, columns, n_samples, seed)
     return Predictions(
         queries=queries,
-        samples=view.sample_chunks(batch.observation, n_samples, seed, columns).double(),
-        point=view.predict_chunk(batch.observation, columns).double(),
+        samples=samples.double(),
+        point=point.double(),
         expert=batch.actions[:, columns].double(),
         is_valid=~batch.action_is_pad[:, columns],
     )
+
+
+def _answers(
+    view: SamplingPolicyView, batch: Batch, columns: list[int], n_samples: int, seed: int
+) -> tuple[Float[Tensor, "frame sample query action"], Float[Tensor, "frame query action"]]:
+    """Drawn and executed actions."""
+    if isinstance(view, ACTPolicy) and view.network.posterior is not None:
+        # z = 0 is one latent more: the pictures are encoded once.
+        latents = prior_latents(n_samples, view.network.latent_dim, seed)
+        latents = torch.cat([torch.zeros_like(latents[:1]), latents])
+        decoded = view.decode_latents(batch.observation, latents[None], columns)
+        return decoded[:, 1:], decoded[:, 0]
+    samples = view.sample_chunks(batch.observation, n_samples, seed, columns)
+    return samples, view.predict_chunk(batch.observation, columns)
 
 
 @dataclass(frozen=True)
