@@ -39,7 +39,8 @@ class RunSummary(Callback):
     """Writes ``summary.json`` and prints a table when training ends.
 
     The file holds the last value of every logged number, ``wall_s``, ``status``, and the paths of
-    ``checkpoint`` (the best one), ``last_checkpoint`` and ``video``, relative to the run folder.
+    ``checkpoint`` (the best one), ``last_checkpoint``, ``video`` (of the rollouts, where there are
+    some) and ``videos`` (the newest of each name), relative to the run folder.
     ``wall_s`` adds up the processes of a run that was continued, each up to the checkpoint that
     the next one started from.
 
@@ -110,8 +111,8 @@ def _numbers(trainer: Trainer) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in found.items()}
 
 
-def _files(trainer: Trainer, run: Path) -> dict[str, str | None]:
-    """Return where checkpoints and video lie, relative to the run folder."""
+def _files(trainer: Trainer, run: Path) -> dict[str, Any]:
+    """Return where checkpoints and videos lie, relative to the run folder."""
 
     def inside(path: str | Path | None) -> str | None:
         if not path or not Path(path).is_file():
@@ -125,13 +126,14 @@ def _files(trainer: Trainer, run: Path) -> dict[str, str | None]:
         elif isinstance(callback, LastCheckpoint):
             last = inside(callback.path(trainer))
     index = read_index(run / MEDIA / INDEX)
-    videos = [
-        path for step in sorted(index, key=int) for path in index[step].get("videos", {}).values()
-    ]
+    videos: dict[str, str] = {}
+    for step in sorted(index, key=int):
+        videos |= index[step].get("videos", {})
     return {
         "checkpoint": best or last,
         "last_checkpoint": last,
-        "video": videos[-1] if videos else None,
+        "video": videos.get("rollout/video") or next(iter(videos.values()), None),
+        "videos": videos,
     }
 
 
@@ -150,10 +152,11 @@ def _table(trainer: Trainer, summary: Mapping[str, Any], keys: Sequence[str]) ->
     for label, key in (
         ("best checkpoint", "checkpoint"),
         ("last checkpoint", "last_checkpoint"),
-        ("video", "video"),
     ):
         if summary[key]:
             table.add_row(label, _short(run / summary[key]))
+    for key, path in summary["videos"].items():
+        table.add_row(key, _short(run / path))
     if (run / CSV_FILE).is_file():
         table.add_row("all numbers", _short(run / CSV_FILE))
     table.add_row("summary", _short(run / SUMMARY_FILE))
