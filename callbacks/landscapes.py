@@ -19,12 +19,12 @@ from envs.replay import can_replay, recorded_pictures, replay
 from envs.task import Task
 from landscapes.grid import Grid
 from landscapes.landscape import Landscape, Predictions
-from landscapes.methods import Likelihood, Method, Probe
+from landscapes.methods import Likelihood, Method, Probe, queries_for
 from landscapes.metrics import LandscapeMetrics
 from landscapes.study import (
     Calibration,
     Frames,
-    executed_actions,
+    executed_along,
     is_calibrated,
     kernel_scale,
     latent_numbers,
@@ -233,7 +233,7 @@ class Landscapes(Diagnostic):
     ) -> "_Side":
         """Study one side of the split: calibrate on every other episode, report on the rest."""
         episodes = _split(trainer)[name][:n_episodes]
-        queries = range(view.chunk_size) if self.method.needs_whole_chunk else horizons
+        queries = queries_for([self.method], view, horizons)
         calibration = Calibration(self._frames(trainer, episodes[1::2]).to(module.device))
         if is_calibrated(view):
             answers = self._predict(view, calibration.frames.batch, queries)
@@ -295,20 +295,14 @@ class Landscapes(Diagnostic):
         episode = _episode(trainer, number).to(module.device)
         # Without a video, the strip may show the whole of it.
         batch = episode.rows(slice(self.n_video_steps or None))
-        queries = range(view.chunk_size) if self.method.needs_whole_chunk else side.horizons
+        queries = queries_for([self.method], view, side.horizons)
         predictions = self._predict(view, batch, queries)
         scale = kernel_scale(view, predictions, side.calibration.predictions)
         landscape = self.method.landscape(
             Probe(view, batch, predictions, scale, side.horizons, self.grid)
         )
-        controller = ActionQueue(view.n_action_steps)
-        chunks = torch.cat(
-            [
-                view.predict_chunk(batch.observation.rows(rows))
-                for rows in torch.arange(len(batch)).split(self.batch_size)
-            ]
-        )
-        executed, age = executed_actions(chunks, controller)
+        queue = ActionQueue(view.n_action_steps)
+        executed, age = executed_along(view, batch, queue, self.batch_size)
         columns = [
             Column(landscape, k, predictions, executed=executed, executed_age=age)
             for k in side.horizons

@@ -406,6 +406,7 @@ def _calibration(
         ValueError: If a scale is to be fitted and there is no episode for it.
     """
     from datamodules.progress import progress_bar
+    from landscapes.methods import queries_for
     from landscapes.study import Calibration, Frames, is_calibrated, predict_frames
 
     is_needed = is_calibrated(view) and arguments.kernel_scale is None
@@ -425,7 +426,7 @@ def _calibration(
         predictions = predict_frames(
             view,
             frames.batch,
-            _queries(view, methods, horizons),
+            queries_for(methods, view, horizons),
             arguments.n_samples,
             arguments.seed,
             arguments.batch_size,
@@ -466,15 +467,6 @@ def _calibration_episodes(
         return []
     places = np.linspace(0, len(others) - 1, min(N_CALIBRATION_EPISODES, len(others)))
     return [others[int(place)] for place in places.round()]
-
-
-def _queries(
-    view: "SamplingPolicyView", methods: "Sequence[Method]", horizons: Sequence[int]
-) -> Sequence[int]:
-    """Chunk steps that the methods need."""
-    if any(method.needs_whole_chunk for method in methods):
-        return range(view.chunk_size)
-    return horizons
 
 
 def _build_method(name: str, coefficient: float | None, arguments: argparse.Namespace) -> "Method":
@@ -525,8 +517,8 @@ def _study(subject: Subject, number: int, arguments: argparse.Namespace) -> Epis
 
     from datamodules.progress import progress_bar
     from landscapes.grid import Grid
-    from landscapes.methods import Probe
-    from landscapes.study import Frames, kernel_scale, predict_frames
+    from landscapes.methods import Probe, queries_for
+    from landscapes.study import Frames, executed_along, kernel_scale, predict_frames
 
     view, calibration = subject.view, subject.calibration
     frames = Frames.of_episode(subject.data.episode(number), max_steps=arguments.max_steps)
@@ -539,7 +531,7 @@ def _study(subject: Subject, number: int, arguments: argparse.Namespace) -> Epis
         predictions = predict_frames(
             view,
             batch,
-            _queries(view, subject.methods, subject.horizons),
+            queries_for(subject.methods, view, subject.horizons),
             arguments.n_samples,
             arguments.seed,
             arguments.batch_size,
@@ -553,30 +545,8 @@ def _study(subject: Subject, number: int, arguments: argparse.Namespace) -> Epis
         probe = Probe(view, batch, predictions, scale, subject.horizons, grid)
         landscapes = tuple(method.landscape(probe) for method in subject.methods)
         wall_s = time.perf_counter() - began
-        executed, age = _executed(subject, batch, arguments)
+        executed, age = executed_along(view, batch, subject.controller, arguments.batch_size)
     return Episode(frames, predictions, scale, landscapes, executed, age, wall_s)
-
-
-def _executed(
-    subject: Subject, batch: "Batch", arguments: argparse.Namespace
-) -> "tuple[torch.Tensor, torch.Tensor | None]":
-    """What the policy would execute at each frame, had it been acting since the episode began."""
-    import torch
-
-    from landscapes.study import executed_actions
-    from policies.ensembling import ActionQueue
-
-    view, controller = subject.view, subject.controller
-    stride = controller.n_action_steps if isinstance(controller, ActionQueue) else 1
-    needed = torch.arange(0, len(batch), stride)
-    parts = [
-        view.predict_chunk(batch.observation.rows(rows))
-        for rows in needed.split(arguments.batch_size)
-    ]
-    fresh = torch.cat(parts)
-    chunks = fresh.new_full((len(batch), *fresh.shape[1:]), torch.nan)
-    chunks[needed] = fresh
-    return executed_actions(chunks, controller)
 
 
 def _write_episode(

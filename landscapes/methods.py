@@ -5,7 +5,7 @@ different methods have different units, and each method has one fixed colour ran
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -423,6 +423,15 @@ METHODS: dict[str, Callable[[], Method]] = {
     )
 }
 """The built-in methods by the name that commands use; others are named by ``class_path``."""
+
+
+def queries_for(
+    methods: Sequence[Method], view: SamplingPolicyView, horizons: Sequence[int]
+) -> Sequence[int]:
+    """Chunk steps that predictions must hold for these methods to show these horizons."""
+    if any(method.needs_whole_chunk for method in methods):
+        return range(view.chunk_size)
+    return horizons
 
 
 def nats_above_uniform(

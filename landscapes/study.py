@@ -287,3 +287,32 @@ def executed_actions(
         ages.append(age)
     is_queue = isinstance(controller, ActionQueue)
     return torch.stack(actions), torch.tensor(ages) if is_queue else None
+
+
+def executed_along(
+    view: SamplingPolicyView,
+    batch: Batch,
+    controller: ActionQueue | TemporalEnsembler,
+    batch_size: int = 64,
+) -> tuple[Float[Tensor, "frame action"], Int[Tensor, " frame"] | None]:
+    """What a policy would execute along an episode, had it been acting since the first frame.
+
+    A queue asks for a chunk now and then: only those are predicted.
+
+    Args:
+        view: The policy, on the device of ``batch``.
+        batch: Consecutive frames of one episode.
+        controller: Queue or ensemble; it is reset.
+        batch_size: Frames that go through the network together.
+
+    Returns:
+        As :func:`executed_actions`.
+    """
+    stride = controller.n_action_steps if isinstance(controller, ActionQueue) else 1
+    needed = torch.arange(0, len(batch), stride)
+    fresh = torch.cat(
+        [view.predict_chunk(batch.observation.rows(rows)) for rows in needed.split(batch_size)]
+    )
+    chunks = fresh.new_full((len(batch), *fresh.shape[1:]), torch.nan)
+    chunks[needed] = fresh
+    return executed_actions(chunks, controller)
