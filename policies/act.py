@@ -75,6 +75,24 @@ class ACTLoss:
     """Decoded chunk, in data units, detached."""
 
 
+class ScaledDotProduct(nn.Module):
+    """softmax(q k^T / sqrt(head_dim)) v by the fused kernel, which never stores the weights.
+
+    A module of its own so that whoever wants the weights can hook it (``attention/capture.py``).
+    """
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch head query head_dim"],
+        key: Float[Tensor, "batch head token head_dim"],
+        value: Float[Tensor, "batch head token head_dim"],
+        mask: Bool[Tensor, "batch 1 1 token"] | None,
+        dropout: float,
+    ) -> Float[Tensor, "batch head query head_dim"]:
+        """Mix values; ``mask`` is True where a token may be attended to."""
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
 class Attention(nn.Module):
     """Multi-head attention with torch's parameter layout, computed by the fused kernel."""
 
@@ -87,6 +105,7 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
+        self.mix = ScaledDotProduct()
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -113,12 +132,12 @@ class Attention(nn.Module):
             k = F.linear(key, weight[dim : 2 * dim], bias[dim : 2 * dim])
         v = F.linear(value, weight[2 * dim :], bias[2 * dim :])
         mask = None if key_is_pad is None else ~key_is_pad[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(
+        mixed = self.mix(
             self._split_heads(q),
             self._split_heads(k),
             self._split_heads(v),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            mask,
+            self.dropout if self.training else 0.0,
         )
         return self.out_proj(self._merge_heads(mixed))
 
@@ -689,14 +708,16 @@ class ACTPolicy(nn.Module):
             return None
         if observation.state is None:
             raise ValueError("the policy reads a state, but the observation has none")
-        return self.normaliser.state.normalise(observation.state)
+        dtype = self.network.action_head.weight.dtype
+        return self.normaliser.state.normalise(observation.state).to(dtype)
 
     def _normalised_environment_state(self, observation: Observation) -> Tensor | None:
         if self.normaliser.environment_state is None:
             return None
         if observation.environment_state is None:
             raise ValueError("the policy reads an environment state, but the observation has none")
-        return self.normaliser.environment_state.normalise(observation.environment_state)
+        dtype = self.network.action_head.weight.dtype
+        return self.normaliser.environment_state.normalise(observation.environment_state).to(dtype)
 
     def normalise_actions(
         self, actions: Float[Tensor, "batch query action"], observation: Observation

@@ -19,6 +19,7 @@ _CHECKED = (
     "policies.backbones",
     "policies.ensembling",
     "landscapes",
+    "attention",
     "datamodules",
     "envs",
     "rendering",

@@ -1,0 +1,1 @@
+"""Where a policy looks, how it is found out, and whether the answer can be trusted. Pure torch."""
