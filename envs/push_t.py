@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
-from envs.task import EnvironmentObservation, Task, Transition
+from envs.task import EnvironmentObservation, PoseParameter, Task, Transition
 
 if TYPE_CHECKING:
     from policies.interface import DataSchema
@@ -41,6 +41,8 @@ T_OUTLINE_PX = (
     (-60.0, 30.0),
 )
 """Corners of the T in the block frame, in order around it."""
+FAR_OFF_PX = -1000.0
+"""Where nothing is drawn and nothing is touched, on either axis."""
 WALLS_PX = (5.0, 506.0)
 """Centre lines of the walls, the same on both axes."""
 WALL_RADIUS_PX = 2.0
@@ -94,6 +96,23 @@ def agent_path(
     return positions, np.array([u, v])
 
 
+def distance_to_t_px(
+    points_px: Float[np.ndarray, "*point 2"], pose: Float[np.ndarray, " 3"]
+) -> Float[np.ndarray, "*point"]:
+    """Measure how far points lie outside a T; 0 within it.
+
+    Args:
+        points_px: x and y on the board.
+        pose: x px, y px, angle rad of the T's frame.
+    """
+    cosine, sine = np.cos(pose[2]), np.sin(pose[2])
+    x, y = points_px[..., 0] - pose[0], points_px[..., 1] - pose[1]
+    in_frame = np.stack([cosine * x + sine * y, cosine * y - sine * x], axis=-1)
+    boxes = np.array(T_BOXES_PX).reshape(2, 2, 2)
+    outside = [np.maximum(np.maximum(low - in_frame, in_frame - high), 0) for low, high in boxes]
+    return np.minimum(*(np.hypot(each[..., 0], each[..., 1]) for each in outside))
+
+
 class PushT:
     """One PushT board.
 
@@ -104,12 +123,25 @@ class PushT:
         ValueError: When ``image_size`` is not positive.
     """
 
+    objects = ("agent", "block", "goal")
+    # A picture of 96 px is a sample of the board without antialiasing: a T with upright edges that
+    # moves by 8 px is seen to move by 5.3 or by 10.7, so sensitivities scatter between frames.
+    pose_parameters = (
+        PoseParameter("agent_x", "agent", 0, "px", 4.0),
+        PoseParameter("agent_y", "agent", 1, "px", 4.0),
+        PoseParameter("block_x", "block", 2, "px", 4.0),
+        PoseParameter("block_y", "block", 3, "px", 4.0),
+        # About the origin of the block frame, in the middle of the bar's edge.
+        PoseParameter("block_angle", "block", 4, "deg", 5.0, per_unit=np.pi / 180),
+    )
+
     def __init__(self, image_size: int = 96) -> None:
         if image_size < 1:
             raise ValueError(f"image_size: {image_size} px; give at least 1")
         self.image_size = image_size
         self._env = _gym_pusht().PushTEnv(obs_type="state")
         self._env.reset(seed=0)
+        self._spare: PushT | None = None
 
     def reset(self, seed: int) -> None:
         """Draw the start that gym-pusht draws for ``seed``."""
@@ -215,9 +247,70 @@ class PushT:
             )
         return picture
 
+    def pictures_without(self, name: str) -> dict[str, UInt8[np.ndarray, "height width 3"]]:
+        """Draw the board without an object and without the marks of its contacts.
+
+        Args:
+            name: ``agent``, ``block`` or ``goal``.
+
+        Raises:
+            ValueError: If there is no such object.
+        """
+        if name not in self.objects:
+            raise ValueError(f"object {name!r}: PushT has {', '.join(self.objects)}")
+        state = self.state()
+        if name == "agent":
+            state[:2] = FAR_OFF_PX
+        elif name == "block":
+            state[2:4] = FAR_OFF_PX
+        # On a board of its own: a state holds no velocities, so this one could not be restored.
+        if self._spare is None:
+            self._spare = PushT(self.image_size)
+        self._spare.reset_to(state)
+        if name == "goal":
+            self._spare._env.goal_pose = np.array([FAR_OFF_PX, FAR_OFF_PX, 0.0])
+        return {"image": self._spare.image()}
+
+    def masks(
+        self, camera: str, size_px: tuple[int, int], dilation_px: float
+    ) -> dict[str, Bool[np.ndarray, "height width"]]:
+        """Say which pixels belong to the agent's disc, the block and the goal.
+
+        The shapes are the physical ones: gym-pusht draws the block 2 px wider. The dilation is
+        exact, not counted in pixels.
+
+        Args:
+            camera: ``image``.
+            size_px: Height and width of the masks.
+            dilation_px: Reach around each object, in px of the 512 x 512 board.
+
+        Raises:
+            ValueError: If there is no such camera, or the reach is negative.
+        """
+        if camera != "image" or dilation_px < 0:
+            raise ValueError(
+                f"camera {camera!r}, dilation_px {dilation_px}: PushT's camera is 'image', and a "
+                "dilation is not negative"
+            )
+        height, width = size_px
+        # A pixel of the board is at whole coordinates, where its centre is.
+        x = (np.arange(width) + 0.5) * BOARD_PX / width - 0.5
+        y = (np.arange(height) + 0.5) * BOARD_PX / height - 0.5
+        points = np.stack(np.meshgrid(x, y), axis=-1)
+        state = self.state()
+        from_agent = points - state[:2]
+        distance_px = {
+            "agent": np.hypot(from_agent[..., 0], from_agent[..., 1]) - AGENT_RADIUS_PX,
+            "block": distance_to_t_px(points, state[2:]),
+            "goal": distance_to_t_px(points, np.array(GOAL_POSE)),
+        }
+        return {name: distance <= dilation_px for name, distance in distance_px.items()}
+
     def close(self) -> None:
         """Free the simulator."""
         self._env.close()
+        if self._spare is not None:
+            self._spare.close()
 
 
 @dataclass(frozen=True)

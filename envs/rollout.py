@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from envs.replay import replay
@@ -87,6 +87,10 @@ class EpisodeRecording:
     scores: Float[np.ndarray, " step"]
     """After each action."""
     score_name: str
+    predicted: Bool[np.ndarray, " step"]
+    """Whether the policy was asked for a fresh chunk at this step."""
+    observations: tuple[EnvironmentObservation, ...] | None = field(default=None, repr=False)
+    """Before each action, where every step was to be observed."""
 
     def frames(self, task: Task, size_px: int = 288) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """Draw the start and what each action led to, with the action whose turn it is."""
@@ -187,16 +191,30 @@ class _Episode:
         self.rewards: list[float] = []
         self.states: list[np.ndarray] = []
         self.actions: list[np.ndarray] = []
+        self.predicted: list[bool] = []
+        self.observations: list[EnvironmentObservation] = []
         self.n_clipped_steps = 0
         self.terminated = False
         self.history: list[EnvironmentObservation] = []
 
-    def look(self, n_obs_steps: int) -> None:
-        """Take one more observation; at the start the first one fills the history."""
-        observation = self.env.observe()
-        self.history = [*(self.history or [observation] * n_obs_steps), observation][-n_obs_steps:]
+    def look(self, n_remembered: int, kept: bool) -> None:
+        """Take one more observation.
 
-    def advance(self, action: Float[np.ndarray, " action"], task: Task, recorded: bool) -> None:
+        Args:
+            n_remembered: Length of the policy's history, which at the start the first observation
+                fills; 0 when the policy does not look.
+            kept: Whether it goes into the recording.
+        """
+        observation = self.env.observe()
+        if kept:
+            self.observations.append(observation)
+        if n_remembered:
+            past = self.history or [observation] * n_remembered
+            self.history = [*past, observation][-n_remembered:]
+
+    def advance(
+        self, action: Float[np.ndarray, " action"], task: Task, recorded: bool, predicted: bool
+    ) -> None:
         if not np.isfinite(action).all():
             raise RolloutError(
                 f"episode of seed {self.seed}, step {len(self.scores)}: action "
@@ -210,6 +228,7 @@ class _Episode:
         if recorded:
             self.states.append(self.env.state())
             self.actions.append(clipped)
+            self.predicted.append(predicted)
         self.scores.append(outcome.score)
         self.rewards.append(outcome.reward)
         self.terminated = outcome.terminated
@@ -235,6 +254,8 @@ class _Episode:
             actions=np.stack(self.actions),
             scores=np.array(self.scores),
             score_name=task.score_name,
+            predicted=np.array(self.predicted),
+            observations=tuple(self.observations) or None,
         )
 
 
@@ -247,6 +268,7 @@ def rollout(
     n_parallel: int = 25,
     record: int = 0,
     progress: bool = False,
+    observe_every_step: bool = False,
 ) -> RolloutResult:
     """Let ``policy`` act in ``task``, one episode per seed.
 
@@ -259,6 +281,8 @@ def rollout(
         n_parallel: Episodes that advance together.
         record: First episodes to keep for drawing.
         progress: Show a progress bar.
+        observe_every_step: Keep in the recordings what was to be seen before every action, also
+            where the policy did not look; a picture each, and not one action changes.
 
     Raises:
         RolloutError: When policy and task do not fit, or an action is not finite.
@@ -279,7 +303,7 @@ def rollout(
                 envs.extend(task.make() for _ in range(len(group) - len(envs)))
                 n_recorded = max(record - len(results), 0)
                 episodes = [_Episode(env, seed) for env, seed in zip(envs, group, strict=False)]
-                _play(policy, task, episodes, controller, device, n_recorded)
+                _play(policy, task, episodes, controller, device, n_recorded, observe_every_step)
                 results.extend(episode.result(task) for episode in episodes)
                 recordings.extend(episode.recording(task) for episode in episodes[:n_recorded])
                 bar.advance(shown, len(group))
@@ -303,6 +327,7 @@ def _play(
     controller: Controller,
     device: torch.device | str,
     n_recorded: int,
+    observe_every_step: bool,
 ) -> None:
     """Run one group to its end; who has finished stays in the batch, unseen and unmoved."""
     controller.reset(len(episodes))
@@ -310,24 +335,47 @@ def _play(
     queries = None if steps_used is None else range(min(steps_used, policy.chunk_size))
     for _ in range(task.max_steps):
         wanted = controller.wants_prediction()
-        if wanted or policy.n_obs_steps > 1:
-            for episode in episodes:
-                if not episode.terminated:
-                    episode.look(policy.n_obs_steps)
+        n_remembered = policy.n_obs_steps if wanted or policy.n_obs_steps > 1 else 0
+        for index, episode in enumerate(episodes):
+            kept = observe_every_step and index < n_recorded
+            if (n_remembered or kept) and not episode.terminated:
+                episode.look(n_remembered, kept)
         chunk = None
         if wanted:
             # In float64 the average of overlapping chunks does not depend on its bookkeeping.
-            observation = _batch(policy, episodes).to(device)
+            observation = _batch(policy, [episode.history for episode in episodes]).to(device)
             chunk = policy.predict_chunk(observation, queries).double()
         actions = controller.step(chunk).double().cpu().numpy()
         for index, (episode, action) in enumerate(zip(episodes, actions, strict=True)):
             if not episode.terminated:
-                episode.advance(action, task, recorded=index < n_recorded)
+                episode.advance(action, task, recorded=index < n_recorded, predicted=wanted)
         if all(episode.terminated for episode in episodes):
             return
 
 
-def _batch(policy: PolicyView, episodes: list[_Episode]) -> Observation:
+def episode_observation(
+    policy: PolicyView, observations: Sequence[EnvironmentObservation]
+) -> Observation:
+    """What a policy sees at every step of one episode, had it looked at every step.
+
+    Args:
+        policy: Whose cameras, columns and history to stack.
+        observations: Of consecutive steps from the start, as an :class:`EpisodeRecording` keeps
+            them; any steps do for a policy without a history.
+
+    Raises:
+        ValueError: If there are no observations.
+    """
+    if not observations:
+        raise ValueError("there are no observations: record with observe_every_step")
+    ages = range(policy.n_obs_steps - 1, -1, -1)
+    return _batch(
+        policy,
+        [[observations[max(step - age, 0)] for age in ages] for step in range(len(observations))],
+    )
+
+
+def _batch(policy: PolicyView, histories: list[list[EnvironmentObservation]]) -> Observation:
     """Stack what the policy asks for: its cameras in its order, pictures as uint8."""
     schema = policy.data_schema
     one_step = policy.n_obs_steps == 1
@@ -339,16 +387,16 @@ def _batch(policy: PolicyView, episodes: list[_Episode]) -> Observation:
     return Observation(
         images={
             name: rearrange(
-                stack([[seen["images"][name] for seen in each.history] for each in episodes]),
+                stack([[seen["images"][name] for seen in history] for history in histories]),
                 "... height width rgb -> ... rgb height width",
             )
             for name in schema.cameras
         },
-        state=stack([[seen["state"] for seen in each.history] for each in episodes]).float()
+        state=stack([[seen["state"] for seen in history] for history in histories]).float()
         if schema.state_dim
         else None,
         environment_state=stack(
-            [[seen["environment_state"] for seen in each.history] for each in episodes]
+            [[seen["environment_state"] for seen in history] for history in histories]
         ).float()
         if schema.environment_state_dim
         else None,

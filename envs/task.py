@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 if TYPE_CHECKING:
     from policies.interface import DataSchema
@@ -67,6 +68,78 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Free the simulator."""
+        ...
+
+
+@dataclass(frozen=True)
+class PoseParameter:
+    """One number of the simulator's state that says where an object is."""
+
+    name: str
+    """E.g. ``agent_x``."""
+    owner: str
+    """The object that it moves."""
+    index: int
+    """Its place in the simulator's state."""
+    unit: str
+    """``px`` or ``deg``."""
+    step: float
+    """Of a move to either side, in ``unit``: small against the task, yet to be seen."""
+    per_unit: float = 1.0
+    """How much of the simulator's state is one ``unit`` (deg: pi / 180)."""
+
+
+@runtime_checkable
+class Scene(Environment, Protocol):
+    """An environment that knows its objects: what an optional capability adds.
+
+    With it the simulator can be asked what a picture would show without an object, or with an
+    object elsewhere, and where in the picture every object is.
+    """
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Names of what can be taken out of the picture."""
+        ...
+
+    @property
+    def pose_parameters(self) -> tuple[PoseParameter, ...]:
+        """What can be moved: numbers of the state for :meth:`Environment.reset_to`."""
+        ...
+
+    def pictures_without(self, name: str) -> Mapping[str, UInt8[np.ndarray, "_ _ 3"]]:
+        """Draw the present state without one object, as :meth:`Environment.observe` would.
+
+        The simulation goes on as if nobody had asked.
+
+        Args:
+            name: One of :attr:`objects`.
+
+        Returns:
+            Camera name to RGB picture.
+
+        Raises:
+            ValueError: If there is no such object.
+        """
+        ...
+
+    def masks(
+        self, camera: str, size_px: tuple[int, int], dilation_px: float
+    ) -> Mapping[str, Bool[np.ndarray, "height width"]]:
+        """Say which pixels of a camera belong to each object, also where another one hides it.
+
+        Args:
+            camera: Its name.
+            size_px: Height and width of the masks.
+            dilation_px: Reach around each object, in the unit of the scene and not in pixels of
+                the masks (PushT: px on the 512 x 512 board).
+
+        Returns:
+            Object name to True where the centre of a pixel is within reach.
+
+        Raises:
+            ValueError: If there is no such camera, or the reach is negative.
+        """
         ...
 
 
