@@ -1,8 +1,18 @@
+import weakref
+
 import av
 import numpy as np
 import pytest
 
-from rendering.video import Clip, captioned, tile, write_clips, write_video
+from rendering.video import (
+    Clip,
+    VideoWriter,
+    captioned,
+    tile,
+    write_clips,
+    write_video,
+    write_videos,
+)
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -71,6 +81,92 @@ def test_frames_are_taken_one_by_one(tmp_path):
 
     write_video(tmp_path / "video.mp4", checked(), 10.0)
     assert alive == 20
+
+
+def test_no_frame_outlives_its_turn(tmp_path):
+    seen = []
+
+    def picture(size) -> np.ndarray:
+        frame = np.full((size, size, 3), 9, np.uint8)
+        seen.append(weakref.ref(frame))
+        return frame
+
+    def alive() -> int:
+        return sum(frame() is not None for frame in seen)
+
+    def singles():
+        for _ in range(30):
+            assert alive() == 0
+            yield picture(34)
+
+    def pairs():
+        for _ in range(30):
+            assert alive() == 0
+            yield {"small": picture(32), "odd": picture(47)}
+
+    write_video(tmp_path / "one.mp4", singles(), 10.0)
+    paths = {name: tmp_path / f"{name}.mp4" for name in ("small", "odd")}
+    assert write_videos(paths, pairs(), 10.0) == paths
+    assert len(seen) == 90
+    assert [len(read(path)) for path in paths.values()] == [30, 30]
+    assert read(paths["odd"])[0].shape == (48, 48, 3)
+
+
+def test_each_video_gets_its_own_pictures(tmp_path):
+    colours = {"red": RED, "blue": BLUE}
+    paths = {name: tmp_path / "new" / f"{name}.mp4" for name in colours}
+    # In another order than the paths.
+    frames = [{"blue": plain(BLUE), "red": plain(RED, 20, 20)}] * 4
+    write_videos(paths, frames, 12.5)
+    for name, path in paths.items():
+        for frame in read(path):
+            np.testing.assert_allclose(frame, np.broadcast_to(colours[name], frame.shape), atol=6)
+    assert read(paths["red"])[0].shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize(
+    ("frames", "problem"),
+    [
+        ([], "no frames"),
+        ([{"a": plain(RED), "b": plain(RED)}, {"a": plain(RED)}], r"frame 1.*\['a'\]"),
+        ([{"a": plain(RED), "b": plain(RED)}, {"a": plain(RED), "b": plain(RED, 42)}], "frame 1"),
+    ],
+)
+def test_several_videos_fail_together(tmp_path, frames, problem):
+    paths = {name: tmp_path / f"{name}.mp4" for name in "ab"}
+    paths["a"].write_text("old")
+    with pytest.raises(ValueError, match=problem):
+        write_videos(paths, iter(frames), 10.0)
+    assert list(tmp_path.iterdir()) == [paths["a"]]
+    assert paths["a"].read_text() == "old"
+
+
+def test_two_videos_cannot_share_a_file(tmp_path):
+    for paths in ({}, {"a": tmp_path / "x.mp4", "b": str(tmp_path / "x.mp4")}):
+        with pytest.raises(ValueError, match="paths"):
+            write_videos(paths, iter([]), 10.0)
+
+
+def test_a_video_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "video.mp4"
+    with VideoWriter(path, 10.0) as video:
+        for _ in range(3):
+            video.write(plain(RED))
+            assert not path.exists()
+    assert len(read(path)) == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, RuntimeError])
+def test_what_goes_wrong_between_frames_leaves_no_video(tmp_path, problem):
+    def interrupted() -> None:
+        with VideoWriter(tmp_path / "video.mp4", 10.0) as video:
+            video.write(plain(RED))
+            raise problem
+
+    with pytest.raises(problem):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tiles_keep_their_places():
