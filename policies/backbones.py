@@ -202,6 +202,24 @@ def grid_size(height: int, width: int, token_stride: int) -> tuple[int, int]:
     return math.ceil(height / token_stride), math.ceil(width / token_stride)
 
 
+def receptive_field_px(backbone: ResNetBackbone | SmallCNN) -> int:
+    """Height and width of the part of a picture that one output cell depends on, in px.
+
+    Each convolution adds (kernel - 1) times the stride before it, along the longest path. The norms
+    of GroupNorm see the whole picture besides.
+    """
+    field, stride = 1, 1
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d) and "downsample" not in name:
+            kernel, step = (
+                size if isinstance(size, int) else size[0]
+                for size in (module.kernel_size, module.stride)
+            )
+            field += (kernel - 1) * stride
+            stride *= step
+    return field
+
+
 def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Turn ``uint8`` pictures into floats in 0..1; floating point pictures keep their values."""
     return images.to(dtype) / 255.0 if images.dtype == torch.uint8 else images.to(dtype)
