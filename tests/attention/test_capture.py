@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from einops import rearrange
+from lerobot_folders import SCHEMA, episode, lerobot_policy, to_lerobot
 
 from attention.capture import attention_layers, capture_attention, open_attention
 from attention.maps import query_attention, roll_out, self_attention
@@ -13,7 +14,6 @@ from policies.act import ACTPolicy
 from policies.ensembling import ActionQueue, TemporalEnsembler
 from policies.interface import DataSchema, Observation
 from policies.lerobot_format import load_lerobot_weights
-from lerobot_folders import SCHEMA, episode, lerobot_policy, to_lerobot
 
 N_STEPS = 200
 
@@ -110,12 +110,14 @@ def test_lerobots_actions_are_the_same_bits_when_somebody_looks(coefficient):
 def test_nothing_is_left_behind_by_an_exception(whose, differentiable):
     network = our_policy().network if whose == "ours" else lerobot_policy("act")[0].model
     before, state = hooks(network), set(network.__dict__)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        capture_attention(network, differentiable=differentiable),
-    ):
-        assert hooks(network) > before
-        raise KeyboardInterrupt
+
+    def fail() -> None:
+        with capture_attention(network, differentiable=differentiable):
+            assert hooks(network) > before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert hooks(network) == before
     assert set(network.__dict__) == state
 
