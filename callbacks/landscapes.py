@@ -1,21 +1,21 @@
 """Action landscapes at checkpoints: where the policy would go, and whether to believe it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, override
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.run_folder import write_atomically
 from callbacks.schedule import Diagnostic, undisturbed
 from callbacks.views import policy_view
-from envs.replay import can_replay, recorded_pictures, replay
+from envs.replay import episode_pictures
 from envs.task import Task
 from landscapes.grid import Grid
 from landscapes.landscape import Landscape, Predictions
@@ -39,6 +39,7 @@ from policies.interface import Batch, Findings, SamplingPolicyView, Table
 from rendering.colour import colour_table
 from rendering.landscape import board_px, landscape_strip, side_by_side
 from rendering.landscape_scenes import Column, Overlay, scenes
+from rendering.picture import write_png
 from rendering.video import write_video
 
 PREFIX = "landscape"
@@ -309,9 +310,10 @@ class Landscapes(Diagnostic):
         ]
         images, videos = {}, {}
         rows = torch.linspace(0, len(batch) - 1, min(self.n_strip_frames, len(batch))).long()
-        drawn = list(scenes(columns, batch, self._environment(batch), Overlay()))
+        pictures = episode_pictures(self.task, batch, board_px(self.target_height))
+        drawn = list(scenes(columns, batch, pictures, Overlay()))
         strip = landscape_strip([drawn[row] for row in rows.tolist()], colormap=self.colormap)
-        images[f"{PREFIX}/strip"] = str(_write_png(folder / "strip.png", strip))
+        images[f"{PREFIX}/strip"] = str(write_png(folder / "strip.png", strip))
         if self.n_video_steps:
             frames = (side_by_side(scene, self.target_height, self.colormap) for scene in drawn)
             fps = trainer.datamodule.fps or 10.0  # pyright: ignore[reportAttributeAccessIssue]
@@ -319,18 +321,6 @@ class Landscapes(Diagnostic):
         arrays = folder / "landscapes.npz"
         _write_arrays(arrays, side, landscape, rows)
         return images, videos, arrays
-
-    def _environment(self, batch: Batch) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-        """Pictures of each frame: the simulator in its recorded state, or what was recorded."""
-        if self.task is not None and can_replay(self.task, batch):
-            assert batch.simulator_state is not None
-            return replay(
-                self.task,
-                batch.simulator_state.double().cpu().numpy(),
-                batch.actions[:, 0].double().cpu().numpy(),
-                board_px(self.target_height),
-            )
-        return recorded_pictures(batch.observation)
 
 
 @dataclass(frozen=True)
@@ -375,13 +365,6 @@ def _histogram(metrics: LandscapeMetrics, place: int) -> tuple[Sequence[float], 
     levels = metrics.hpd_level[metrics.is_valid[:, place], place]
     counts, _ = np.histogram(levels, HISTOGRAM_EDGES)
     return HISTOGRAM_EDGES, counts.tolist()
-
-
-def _write_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]) -> Path:
-    import cv2
-
-    cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    return path
 
 
 def _write_arrays(path: Path, side: _Side, landscape: Landscape, rows: Int[Tensor, " row"]) -> None:

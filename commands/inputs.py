@@ -1,15 +1,18 @@
-"""What several commands are given: a device, a task, switches, demonstrations for a policy."""
+"""What several commands are given: a device, a task, switches, policies, demonstrations."""
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from policies.interface import PolicyView
+from policies.interface import DataSchema, DataStatistics, PolicyView
 
 if TYPE_CHECKING:
     from datamodules.base import DemonstrationDataModule
     from envs.task import Task
+    from policies.ensembling import ActionQueue, TemporalEnsembler
+    from policies.loading import LoadedPolicy
 
 
 def device(name: str) -> str:
@@ -62,9 +65,155 @@ def task_class(class_path: str) -> "type[Task]":
     return found
 
 
+def task_for(class_path: str, schema: DataSchema) -> "Task | None":
+    """Make the task that ``--task`` names; None where it is not what the policy was made for.
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+    task = task_class(class_path)
+    try:
+        return task.for_policy(schema)
+    except ValueError:
+        return None
+
+
+def ensemble_coefficient(
+    policy: "LoadedPolicy", temporal_ensemble_coeff: float | None, n_action_steps: int | None
+) -> float | None:
+    """What was asked for, else what the policy is configured to do; None for a queue."""
+    if temporal_ensemble_coeff is not None or n_action_steps is not None:
+        return temporal_ensemble_coeff
+    return policy.temporal_ensemble_coeff
+
+
+def controller_for(
+    policy: "LoadedPolicy", temporal_ensemble_coeff: float | None, n_action_steps: int | None
+) -> "ActionQueue | TemporalEnsembler":
+    """Build what turns the policy's chunks into actions.
+
+    Args:
+        policy: Does what it is configured to do when nothing is asked for.
+        temporal_ensemble_coeff: As given on the command line.
+        n_action_steps: As given on the command line.
+
+    Raises:
+        ValueError: If both are given, or a queue is longer than the chunk.
+    """
+    from policies.ensembling import ActionQueue, TemporalEnsembler
+
+    if n_action_steps is not None and temporal_ensemble_coeff is not None:
+        raise ValueError(
+            "--n_action_steps has no meaning with --temporal_ensemble_coeff, which predicts at "
+            "every step: give one of them"
+        )
+    view = policy.view
+    coefficient = ensemble_coefficient(policy, temporal_ensemble_coeff, n_action_steps)
+    if coefficient is not None:
+        return TemporalEnsembler(coefficient, view.chunk_size)
+    if n_action_steps is not None and n_action_steps > view.chunk_size:
+        raise ValueError(
+            f"--n_action_steps {n_action_steps}: the policy predicts chunks of {view.chunk_size}"
+        )
+    return ActionQueue(n_action_steps or view.n_action_steps)
+
+
+def load_policies(
+    policy_paths: Sequence[str],
+    dataset_repo_id: str,
+    device: str,
+    revision: str | None = None,
+    stats_from_data: bool = False,
+) -> "list[LoadedPolicy]":
+    """Load the policies that a command is to look at on a data set.
+
+    Args:
+        policy_paths: Checkpoints, run folders, LeRobot folders or hub ids.
+        dataset_repo_id: HDF5 file, folder of them, LeRobot folder, or hub id.
+        device: As :func:`device` resolved it.
+        revision: Branch, tag or commit of a policy's hub id.
+        stats_from_data: Scale LeRobot policies that bring no statistics by those of all episodes.
+
+    Raises:
+        ValueError: If a policy cannot be loaded, has no statistics, or does not fit the data that
+            are to scale it; if all of them bring statistics and ``stats_from_data`` is set.
+    """
+    from policies.loading import load_policy
+
+    def statistics(schema: DataSchema, chunk_size: int) -> DataStatistics:
+        everything = sorted(episode_lengths(dataset_repo_id))
+        data = open_demonstrations(dataset_repo_id, DataShape(schema, chunk_size), everything)
+        data.setup()
+        return data.statistics
+
+    source = statistics if stats_from_data else None
+    loaded = [load_policy(path, device, revision, source) for path in policy_paths]
+    if stats_from_data and not any(policy.scaled_by_data for policy in loaded):
+        raise ValueError(
+            f"--stats_from_data has no effect on {', '.join(policy_paths)}: statistics that a "
+            "policy brings are never replaced. Leave it out"
+        )
+    return loaded
+
+
+def episode_lengths(dataset_repo_id: str) -> dict[int, int]:
+    """Steps of each episode of a data set, by its number; from the hub, only tables are fetched.
+
+    Raises:
+        ValueError: If there is no such data set, or it cannot be used.
+    """
+    from datamodules.hdf5 import HDF5DataModule
+    from datamodules.lerobot_files import find_folder, read_folder
+
+    name, is_lerobot = _find_data(dataset_repo_id)
+    if not is_lerobot:
+        return dict(HDF5DataModule(name).source.episode_lengths)
+    entries = read_folder(find_folder(name), name).episodes
+    return {number: entry.length for number, entry in entries.items()}
+
+
+def choose_episodes(given: Sequence[int | str] | None, available: Sequence[int]) -> list[int]:
+    """Resolve ``--episode_idx``: numbers in the order given, ``all``, or the first when None.
+
+    Args:
+        given: Numbers, or the word all alone.
+        available: Numbers of the data set's episodes.
+
+    Raises:
+        ValueError: If there is no such episode, or something is named twice.
+    """
+    numbers = sorted(available)
+    if not numbers:
+        raise ValueError("the data set has no usable episode; look at it with analyze.py inspect")
+    if not given:
+        return numbers[:1]
+    if len(set(given)) < len(given):
+        raise ValueError(f"--episode_idx names something twice: {list(given)}")
+    if list(given) == ["all"]:
+        return numbers
+    chosen = [number for number in given if isinstance(number, int)]
+    if len(chosen) < len(given):
+        raise ValueError(f"--episode_idx {list(given)}: give numbers, or the word all alone")
+    if unknown := sorted({*chosen} - {*numbers}):
+        raise ValueError(
+            f"--episode_idx {unknown}: the data set has {len(numbers)} episodes, "
+            f"{numbers[0]} to {numbers[-1]}"
+        )
+    return chosen
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What decides how demonstrations are read for a policy that is not there yet."""
+
+    data_schema: DataSchema
+    chunk_size: int
+    n_obs_steps: int = 1
+
+
 def open_demonstrations(
     dataset_repo_id: str,
-    view: PolicyView,
+    view: PolicyView | DataShape,
     episodes: Sequence[int] | None = None,
     progress: bool = True,
 ) -> "DemonstrationDataModule":
@@ -74,14 +223,13 @@ def open_demonstrations(
 
     Args:
         dataset_repo_id: HDF5 file, folder of them, LeRobot folder, or hub id.
-        view: The policy.
+        view: The policy, or what it reads.
         episodes: Numbers of the episodes to read; all when None.
         progress: Show a bar while frames are read.
 
     Raises:
         ValueError: If the data lack something that the policy reads, naming it.
     """
-    from datamodules import lerobot_files
     from datamodules.hdf5 import HDF5DataModule
     from datamodules.lerobot import LeRobotDataModule
 
@@ -95,22 +243,16 @@ def open_demonstrations(
         "image_size": next(iter(sizes)) if len(sizes) == 1 else None,
         "progress": progress,
     }
-    path = Path(dataset_repo_id).expanduser()
-    on_hub = not path.exists() and lerobot_files.is_hub_id(dataset_repo_id)
-    if on_hub or (path / lerobot_files.INFO).is_file():
+    name, is_lerobot = _find_data(dataset_repo_id)
+    if is_lerobot:
         data = LeRobotDataModule(
-            dataset_repo_id if on_hub else str(path),
+            name,
             camera_names=list(schema.cameras),
             use_environment_state=bool(schema.environment_state_dim),
             **arguments,
         )
-    elif path.exists():
-        data = HDF5DataModule(str(path), **arguments)
     else:
-        raise ValueError(
-            f"--dataset_repo_id {dataset_repo_id}: no such file or folder, and no hub id of the "
-            "form user/name"
-        )
+        data = HDF5DataModule(name, **arguments)
     differences = schema.differences(data.data_schema)
     if differences:
         raise ValueError(
@@ -121,3 +263,22 @@ def open_demonstrations(
         # What was asked for is read, also what the data set itself keeps from training.
         data.split = {"by": "command", "train": arguments["episodes"], "val": []}
     return data
+
+
+def _find_data(dataset_repo_id: str) -> tuple[str, bool]:
+    """The path or hub id as data modules take it, and whether it is a LeRobotDataset.
+
+    Raises:
+        ValueError: If nothing is there.
+    """
+    from datamodules import lerobot_files
+
+    path = Path(dataset_repo_id).expanduser()
+    if path.exists():
+        return str(path), (path / lerobot_files.INFO).is_file()
+    if lerobot_files.is_hub_id(dataset_repo_id):
+        return dataset_repo_id, True
+    raise ValueError(
+        f"--dataset_repo_id {dataset_repo_id}: no such file or folder, and no hub id of the form "
+        "user/name"
+    )

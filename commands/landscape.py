@@ -5,16 +5,25 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands.inputs import device, open_demonstrations, switch, task_class
+from commands.inputs import (
+    choose_episodes,
+    controller_for,
+    device,
+    ensemble_coefficient,
+    episode_lengths,
+    load_policies,
+    open_demonstrations,
+    switch,
+    task_for,
+)
 from landscapes.landscape import HORIZONS
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from datamodules.base import DemonstrationDataModule
@@ -24,7 +33,7 @@ if TYPE_CHECKING:
     from landscapes.metrics import LandscapeMetrics
     from landscapes.study import Calibration, Frames
     from policies.ensembling import ActionQueue, TemporalEnsembler
-    from policies.interface import Batch, DataSchema, SamplingPolicyView
+    from policies.interface import SamplingPolicyView
     from policies.loading import LoadedPolicy
     from rendering.landscape_scenes import Column
 
@@ -67,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         help="episodes that ACT's kernel scale is fitted on: others than those shown, and best "
-        "such as it was not trained on either "
+        "such as it was not trained on either; --episode_idx all leaves them out "
         f"(default: {N_CALIBRATION_EPISODES} spread over the data set)",
     )
     parser.add_argument(
@@ -107,7 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="mark what the temporal ensemble would execute; also used by belief",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
     parser.add_argument(
         "--batch_size",
         type=int,
@@ -139,13 +147,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--videos", type=switch, default=True, metavar="BOOL", help="false: numbers and arrays only"
     )
-    parser.add_argument(
-        "--task",
-        default="envs.push_t.PushTTask",
-        metavar="CLASS_PATH",
-        help="simulator that draws recorded states, if they are its own (default: %(default)s)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output_dir")
 
 
@@ -194,7 +195,6 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    arguments.episode_idx = arguments.episode_idx or [0]
     _check(arguments)
     folder = Path(arguments.output_dir).expanduser()
     if not arguments.overwrite and (folder / METRICS_FILE).exists():
@@ -202,7 +202,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"{folder / METRICS_FILE} is there already: choose another --output_dir or add "
             "--overwrite"
         )
-    subjects = _open(arguments)
+    lengths = episode_lengths(arguments.dataset_repo_id)
+    arguments.episode_idx = _shown_episodes(arguments, list(lengths))
+    subjects = _open(arguments, lengths)
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     found: dict[str, list[Episode]] = {subject.label: [] for subject in subjects}
@@ -212,7 +214,8 @@ def run(arguments: argparse.Namespace) -> int:
             below = folder / subject.label if subject.label else folder
             below.mkdir(exist_ok=True)
             episode = _study(subject, number, arguments)
-            found[subject.label].append(episode)
+            # Numbers need no boards, which are far larger than all else.
+            found[subject.label].append(replace(episode, landscapes=()))
             columns += _write_episode(below, subject, episode, number, arguments)
         if arguments.videos and len(columns) > 1:
             _write_comparison(folder, subjects[0], number, columns, arguments)
@@ -220,7 +223,12 @@ def run(arguments: argparse.Namespace) -> int:
     _write_metrics(folder, subjects, measured, arguments)
     _print_tables(console, subjects, measured)
     for subject in subjects:
-        seen = [n for n in arguments.episode_idx if subject.held_out and n not in subject.held_out]
+        if subject.loaded.scaled_by_data:
+            by = arguments.dataset_repo_id
+            console.print(f"{subject.label} brings no statistics: scaled by those of {by}".strip())
+        if subject.held_out is None:
+            continue
+        seen = [number for number in arguments.episode_idx if number not in subject.held_out]
         if seen:
             console.print(f"{subject.label} was trained on episodes {seen}".strip())
     if len(arguments.episode_idx) == 1:
@@ -254,24 +262,38 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value}: give at least {least}")
     if arguments.kernel_scale is not None and not arguments.kernel_scale > 0:
         raise ValueError(f"--kernel_scale {arguments.kernel_scale}: give a positive length")
-    if arguments.n_action_steps is not None and arguments.temporal_ensemble_coeff is not None:
-        raise ValueError(
-            "--n_action_steps has no meaning with --temporal_ensemble_coeff, which predicts at "
-            "every step: give one of them"
-        )
-    for name in ("episode_idx", "scoring_method"):
-        given = getattr(arguments, name)
-        if len(set(given)) < len(given):
-            raise ValueError(f"--{name} names something twice: {given}")
-    if both := sorted({*arguments.episode_idx} & {*(arguments.calibration_episodes or [])}):
+    if len(set(arguments.scoring_method)) < len(arguments.scoring_method):
+        raise ValueError(f"--scoring_method names something twice: {arguments.scoring_method}")
+
+
+def _shown_episodes(arguments: argparse.Namespace, available: Sequence[int]) -> list[int]:
+    """Numbers of the episodes to show; of all, those that the scale is not fitted on.
+
+    Raises:
+        ValueError: If there is no such episode, or one were shown that the scale is fitted on.
+    """
+    shown = choose_episodes(arguments.episode_idx, available)
+    fitted_on = {*(arguments.calibration_episodes or [])}
+    if arguments.episode_idx == ["all"]:
+        shown = [number for number in shown if number not in fitted_on]
+        if not shown:
+            raise ValueError(
+                "--calibration_episodes names every episode: none is left to be shown. Give fewer"
+            )
+    if both := sorted({*shown} & fitted_on):
         raise ValueError(
             f"--calibration_episodes {both}: they are shown, too; a scale that is fitted on what "
             "it is judged by looks too good. Give others"
         )
+    return shown
 
 
-def _open(arguments: argparse.Namespace) -> list[Subject]:
+def _open(arguments: argparse.Namespace, lengths: Mapping[int, int]) -> list[Subject]:
     """Load policies and demonstrations, and check that they fit each other.
+
+    Args:
+        arguments: Of the command, with the episodes to show.
+        lengths: Steps of each episode of the data set, by its number.
 
     Raises:
         ValueError: If they do not.
@@ -279,16 +301,22 @@ def _open(arguments: argparse.Namespace) -> list[Subject]:
     from landscapes.methods import kind_of
     from landscapes.study import reachable_horizons
     from policies.interface import SamplingPolicyView
-    from policies.loading import load_policy
 
-    on = device(arguments.device)
-    loaded = [load_policy(path, on, arguments.revision) for path in arguments.policy_path]
+    loaded = load_policies(
+        arguments.policy_path,
+        arguments.dataset_repo_id,
+        device(arguments.device),
+        arguments.revision,
+        arguments.stats_from_data,
+    )
     subjects = []
     for policy, label in zip(loaded, _labels(arguments.policy_path), strict=True):
         view = policy.view
         if not isinstance(view, SamplingPolicyView):
             raise ValueError(f"{policy.source}: it draws no action chunks, so it has no density")
-        coefficient = _ensemble_coefficient(policy, arguments)
+        coefficient = ensemble_coefficient(
+            policy, arguments.temporal_ensemble_coeff, arguments.n_action_steps
+        )
         methods = tuple(
             _build_method(name, coefficient, arguments) for name in arguments.scoring_method
         )
@@ -300,48 +328,13 @@ def _open(arguments: argparse.Namespace) -> list[Subject]:
                 "leave the option out"
             )
         horizons = reachable_horizons(view, arguments.horizons)
-        controller = _controller(view, coefficient, arguments.n_action_steps)
-        subjects.append(_with_data(policy, view, label, methods, horizons, controller, arguments))
-    return subjects
-
-
-def _ensemble_coefficient(policy: "LoadedPolicy", arguments: argparse.Namespace) -> float | None:
-    """What was asked for, else the policy's own; None for a queue."""
-    if arguments.temporal_ensemble_coeff is not None or arguments.n_action_steps is not None:
-        return arguments.temporal_ensemble_coeff
-    return policy.temporal_ensemble_coeff
-
-
-def _controller(
-    view: "SamplingPolicyView", coefficient: float | None, n_action_steps: int | None
-) -> "ActionQueue | TemporalEnsembler":
-    """Build what turns chunks into actions.
-
-    Raises:
-        ValueError: If a queue is longer than the chunk.
-    """
-    from policies.ensembling import ActionQueue, TemporalEnsembler
-
-    if coefficient is not None:
-        return TemporalEnsembler(coefficient, view.chunk_size)
-    if n_action_steps is not None and n_action_steps > view.chunk_size:
-        raise ValueError(
-            f"--n_action_steps {n_action_steps}: the policy predicts chunks of {view.chunk_size}"
+        controller = controller_for(
+            policy, arguments.temporal_ensemble_coeff, arguments.n_action_steps
         )
-    return ActionQueue(n_action_steps or view.n_action_steps)
-
-
-def _task(schema: "DataSchema", class_path: str) -> "Task | None":
-    """Make the task of this name; None where it is not what the policy was made for.
-
-    Raises:
-        ValueError: If there is no such task.
-    """
-    task = task_class(class_path)
-    try:
-        return task.for_policy(schema)
-    except ValueError:
-        return None
+        subjects.append(
+            _with_data(policy, view, label, methods, horizons, controller, lengths, arguments)
+        )
+    return subjects
 
 
 def _with_data(
@@ -351,20 +344,13 @@ def _with_data(
     methods: "tuple[Method, ...]",
     horizons: tuple[int, ...],
     controller: "ActionQueue | TemporalEnsembler",
+    lengths: Mapping[int, int],
     arguments: argparse.Namespace,
 ) -> Subject:
-    task = _task(view.data_schema, arguments.task)
+    task = task_for(arguments.task, view.data_schema)
     shown = arguments.episode_idx
-    # A description of these lists all others; from the hub only what is named is fetched.
-    described = open_demonstrations(arguments.dataset_repo_id, view, shown)
-    available = sorted(described.source.episode_lengths)
-    unknown = sorted(set(shown) - set(available))
-    if unknown:
-        raise ValueError(
-            f"--episode_idx {unknown}: the data set has {len(available)} episodes, "
-            f"{available[0]} to {available[-1]}"
-        )
-    longest = max(described.source.episode_lengths[number] for number in shown)
+    available = sorted(lengths)
+    longest = max(lengths[number] for number in shown)
     if arguments.n_ode_frames and min(longest, arguments.max_steps or longest) < 3:
         raise ValueError("--n_ode_frames needs three steps: two of them are the past")
     if arguments.n_ode_frames and longest < view.chunk_size + 2:
@@ -414,7 +400,8 @@ def _calibration(
         if is_needed:
             raise ValueError(
                 "ACT's kernel scale is fitted on other episodes than those shown, and the data set "
-                "has no other: show fewer with --episode_idx, or give --kernel_scale B"
+                "has no other: show fewer with --episode_idx, keep some back from all of them with "
+                "--calibration_episodes, or give --kernel_scale B"
             )
         return None
     frames = Frames.spread(
@@ -564,6 +551,7 @@ def _write_episode(
     config = {
         **{key: value for key, value in vars(arguments).items() if key != "command"},
         "policy": str(subject.loaded.source),
+        "stats_from_data": subject.loaded.scaled_by_data,
         "episode": number,
         "n_frames": len(episode.frames.batch),
         "horizons": list(subject.horizons),
@@ -614,6 +602,7 @@ def _write_videos(
     arguments: argparse.Namespace,
 ) -> tuple[str, list[str]]:
     """Write environment, heat maps and both side by side; say where the environment came from."""
+    from envs.replay import can_replay, episode_pictures
     from rendering.landscape import board_px, side_by_side
     from rendering.landscape_scenes import scenes
     from rendering.video import write_video
@@ -621,17 +610,20 @@ def _write_videos(
     fps = subject.data.fps or 10.0
     height, colormap = arguments.target_height, arguments.colormap
     overlay = _overlay(arguments)
-    source, draw = _environment(subject, episode.frames.batch)
-    written = [write_video(folder / f"episode_{number}_environment.mp4", draw(height), fps)]
+    task, batch = subject.task, episode.frames.batch
+    environment = episode_pictures(task, batch, height)
+    written = [write_video(folder / f"episode_{number}_environment.mp4", environment, fps)]
     for columns in wanted:
         method = columns[0].landscape.method
-        for kind, pictures in (("heatmaps", None), ("combined", draw(board_px(height)))):
+        beside = episode_pictures(task, batch, board_px(height))
+        for kind, pictures in (("heatmaps", None), ("combined", beside)):
             frames = (
                 side_by_side(scene, height, colormap)
-                for scene in scenes(columns, episode.frames.batch, pictures, overlay)
+                for scene in scenes(columns, batch, pictures, overlay)
             )
             path = folder / f"episode_{number}_{kind}_{method}.mp4"
             written.append(write_video(path, frames, fps))
+    source = "simulator" if can_replay(task, batch) else "recorded"
     return source, [path.name for path in written]
 
 
@@ -643,16 +635,17 @@ def _write_comparison(
     arguments: argparse.Namespace,
 ) -> None:
     """Write all policies and methods side by side, at a middle horizon."""
+    from envs.replay import episode_pictures
     from rendering.landscape import board_px, side_by_side
     from rendering.landscape_scenes import scenes
     from rendering.video import write_video
 
     batch = subject.data.episode(number).rows(slice(arguments.max_steps))
-    _, draw = _environment(subject, batch)
     height = arguments.target_height
+    pictures = episode_pictures(subject.task, batch, board_px(height))
     frames = (
         side_by_side(scene, height, arguments.colormap)
-        for scene in scenes(columns, batch, draw(board_px(height)), _overlay(arguments))
+        for scene in scenes(columns, batch, pictures, _overlay(arguments))
     )
     write_video(folder / f"episode_{number}_comparison.mp4", frames, subject.data.fps or 10.0)
 
@@ -665,29 +658,6 @@ def _overlay(arguments: argparse.Namespace):
         show_confidence_intervals=arguments.show_confidence_intervals,
         trace_length=arguments.trace_length,
     )
-
-
-def _environment(
-    subject: Subject, batch: "Batch"
-) -> "tuple[str, Callable[[int], Iterator[np.ndarray]]]":
-    """Where pictures of the environment come from, and what draws them at a height."""
-    from envs.replay import can_replay, recorded_pictures, replay
-
-    task = subject.task
-    if task is not None and can_replay(task, batch):
-        assert batch.simulator_state is not None
-        states = batch.simulator_state.double().cpu().numpy()
-        targets = batch.actions[:, 0].double().cpu().numpy()
-        return "simulator", lambda height: replay(task, states, targets, height)
-    return "recorded", lambda height: _enlarged(recorded_pictures(batch.observation), height)
-
-
-def _enlarged(pictures: "Iterator[np.ndarray]", height: int) -> "Iterator[np.ndarray]":
-    import cv2
-
-    for picture in pictures:
-        size = round(height * picture.shape[1] / picture.shape[0]), height
-        yield cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST)
 
 
 def _scale_values(subject: Subject, episode: Episode) -> dict[str, list[float]]:

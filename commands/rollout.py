@@ -61,14 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="predict at every step and average with weights exp(-M i); one row for each value",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument(
-        "--task",
-        default="envs.push_t.PushTTask",
-        metavar="CLASS_PATH",
-        help="where to act (default: %(default)s)",
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
     parser.add_argument(
         "--n_parallel", type=int, default=25, metavar="N", help="episodes that advance together"
     )

@@ -39,9 +39,34 @@ def replay(
         env.close()
 
 
-def can_replay(task: Task, batch: Batch) -> bool:
-    """Whether the frames hold states of this task's simulator."""
-    if batch.simulator_state is None:
+def episode_pictures(
+    task: Task | None, batch: Batch, size_px: int
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """Draw what each frame looked like, as well as the data allow.
+
+    The simulator in its recorded state, with the demonstrated action, if :func:`can_replay`; else
+    what the first camera recorded, brought to the same height.
+
+    Args:
+        task: Whose simulator to use; None for recorded pictures.
+        batch: Consecutive frames.
+        size_px: Height of the pictures; the simulator's are square.
+
+    Raises:
+        ValueError: If the simulator cannot draw the frames, and nothing was recorded.
+    """
+    if can_replay(task, batch):
+        assert task is not None
+        assert batch.simulator_state is not None
+        states = batch.simulator_state.double().cpu().numpy()
+        targets = batch.actions[:, 0].double().cpu().numpy()
+        return replay(task, states, targets, size_px)
+    return _scaled(recorded_pictures(batch.observation), size_px)
+
+
+def can_replay(task: Task | None, batch: Batch) -> bool:
+    """Whether there is a task, and the frames hold states of its simulator."""
+    if task is None or batch.simulator_state is None:
         return False
     env = task.make()
     try:
@@ -71,3 +96,16 @@ def recorded_pictures(
         if values.dtype != np.uint8:
             values = np.rint(values * 255).clip(0, 255).astype(np.uint8)
         yield np.ascontiguousarray(values)
+
+
+def _scaled(
+    pictures: Iterator[UInt8[np.ndarray, "height width 3"]], height_px: int
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    import cv2
+
+    for picture in pictures:
+        height, width = picture.shape[:2]
+        # Enlarged pixels stay pixels: nothing is shown that the camera did not see.
+        method = cv2.INTER_AREA if height > height_px else cv2.INTER_NEAREST
+        size = round(height_px * width / height), height_px
+        yield np.asarray(cv2.resize(picture, size, interpolation=method), np.uint8)

@@ -8,7 +8,7 @@ both layouts are read, the newer one is written.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policies.act import ACT, ACTPolicy
+from policies.interface import DataSchema
 from policies.normalisation import AffineFeature
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PREPROCESSOR_FILE = "policy_preprocessor.json"
 POSTPROCESSOR_FILE = "policy_postprocessor.json"
+TRAIN_CONFIG_FILE = "train_config.json"
+RELATIVE_STEP = "relative_actions_processor"
+"""LeRobot's processor step that subtracts the state from actions."""
 LEROBOT_EPS = 1e-8
 """What LeRobot's normaliser adds to a standard deviation before dividing by it."""
 
 Statistics = dict[str, dict[str, Tensor]]
 """LeRobot's feature key to statistic name to values."""
+StatisticsSource = Callable[[DataSchema, int, bool], Statistics]
+"""What finds statistics for a policy that brings none, given its data schema, its chunk size and
+whether its actions are relative to the state; it is called for no other policy."""
 
 _RENAMES: tuple[tuple[str, str], ...] = (
     (r"network\.backbone\.(?P<rest>.+)", r"model.backbone.\g<rest>"),
@@ -158,14 +165,16 @@ def image_key(camera: str) -> str:
 
 
 def load_lerobot_act(
-    folder: Path, statistics: Statistics | None = None, device: str | torch.device = "cpu"
+    folder: Path,
+    statistics: Statistics | StatisticsSource | None = None,
+    device: str | torch.device = "cpu",
 ) -> LeRobotACT:
     """Read a LeRobot ACT folder into our ACT, in eval mode.
 
     Args:
         folder: The folder with ``config.json``.
         statistics: Used only if the folder brings none, as LeRobot feature key to ``mean``, ``std``
-            and so on.
+            and so on, or what finds them.
         device: Where the policy goes.
 
     Raises:
@@ -190,7 +199,7 @@ def load_lerobot_act(
         {name: value for name, value in weights.items() if name not in legacy},
         found or statistics or {},
         folder,
-        relative_actions=_relative_actions(preprocessor, folder),
+        relative_actions=has_relative_actions(preprocessor, folder),
         device=device,
     )
 
@@ -198,7 +207,7 @@ def load_lerobot_act(
 def act_from_lerobot(
     config: dict[str, Any],
     weights: Mapping[str, Tensor],
-    statistics: Statistics,
+    statistics: Statistics | StatisticsSource,
     source: Path,
     relative_actions: bool = False,
     device: str | torch.device = "cpu",
@@ -208,7 +217,7 @@ def act_from_lerobot(
     Args:
         config: LeRobot's configuration, as in ``config.json``.
         weights: LeRobot's weights (prefix ``model.``).
-        statistics: LeRobot feature key to statistics.
+        statistics: LeRobot feature key to statistics, or what finds them.
         source: Folder or checkpoint that these come from, for messages.
         relative_actions: Whether actions are relative to the state.
         device: Where the policy goes.
@@ -264,7 +273,15 @@ def act_from_lerobot(
         raise LeRobotFormatError(
             weights_file, str(error), "The weights must belong to this config.json"
         ) from error
-    _set_normaliser(policy, statistics, _normalisation_modes(config), source)
+    modes = _normalisation_modes(config)
+    if callable(statistics):
+        kinds = {"ACTION", *(kind for kind, _ in inputs.values())}
+        is_scaled = any(modes[kind] != "IDENTITY" for kind in kinds)
+        asked = policy.data_schema, policy.chunk_size, relative_actions
+        found = statistics(*asked) if is_scaled else {}
+    else:
+        found = statistics
+    _set_normaliser(policy, found, modes, source)
     return LeRobotACT(
         policy=policy.to(device).eval(),
         temporal_ensemble_coeff=config.get("temporal_ensemble_coeff"),
@@ -480,10 +497,19 @@ def _normalisation_modes(config: dict[str, Any]) -> dict[str, str]:
     return {kind: mapping.get(kind, "IDENTITY") for kind in _KINDS}
 
 
-def _relative_actions(preprocessor: dict[str, Any] | None, folder: Path) -> bool:
+def has_relative_actions(preprocessor: dict[str, Any] | None, folder: Path) -> bool:
+    """Whether a policy's actions are relative to the state.
+
+    Args:
+        preprocessor: Its pipeline of observations, as in the JSON file.
+        folder: For messages.
+
+    Raises:
+        LeRobotFormatError: If some dimensions are and others are not.
+    """
     steps = [] if preprocessor is None else preprocessor.get("steps", [])
     for step in steps:
-        if step.get("registry_name") != "relative_actions_processor":
+        if step.get("registry_name") != RELATIVE_STEP:
             continue
         settings = step.get("config", {})
         excluded = settings.get("exclude_joints") if settings.get("action_names") else None
@@ -502,7 +528,8 @@ def _legacy_statistics(weights: Mapping[str, Tensor]) -> Statistics:
     statistics: Statistics = {}
     for name, value in weights.items():
         match = re.fullmatch(r"(?:\w+)\.buffer_(?P<feature>\w+)\.(?P<statistic>\w+)", name)
-        if match:
+        # LeRobot left them infinite in a policy that was made without statistics.
+        if match and value.isfinite().all():
             statistics.setdefault(match["feature"], {})[match["statistic"]] = value
     return statistics
 
@@ -582,11 +609,46 @@ def _set_normaliser(
                 folder, f"{key}: {error}", "The statistics must belong to this config.json"
             ) from error
     if missing:
-        raise LeRobotFormatError(
-            folder,
-            f"no statistics for {', '.join(missing)}; LeRobot would pass them through unscaled",
-            "Restore the processor files",
+        raise no_statistics(folder, missing, statistics)
+
+
+def no_statistics(
+    source: Path, missing: Sequence[str], statistics: Statistics
+) -> LeRobotFormatError:
+    """What to say of a policy that cannot be scaled.
+
+    Args:
+        source: Folder or checkpoint.
+        missing: Features without statistics.
+        statistics: What there is.
+    """
+    mend = "Restore the processor files"
+    if not statistics:
+        mend += (
+            ", or scale by the data set that the policy was trained on: --stats_from_data, in "
+            "commands that take --dataset_repo_id"
         )
+    return LeRobotFormatError(
+        source,
+        f"no statistics for {', '.join(missing)}; LeRobot would pass them through unscaled",
+        mend,
+    )
+
+
+def trained_on_imagenet_scale(folder: Path) -> bool:
+    """Whether ``lerobot-train`` put ImageNet's moments in place of the pictures' own.
+
+    It does by default, also without pretrained weights, and says so in ``train_config.json``, which
+    ``save_pretrained`` alone does not write.
+
+    Raises:
+        LeRobotFormatError: If that file is damaged.
+    """
+    path = folder / TRAIN_CONFIG_FILE
+    if not path.is_file():
+        return False
+    dataset = _read_json(path).get("dataset")
+    return isinstance(dataset, dict) and bool(dataset.get("use_imagenet_stats", False))
 
 
 def _write_processors(
@@ -617,7 +679,7 @@ def _write_processors(
     _write_safetensors(folder / normaliser_state, statistics)
     _write_safetensors(folder / unnormaliser_state, statistics)
     relative = {
-        "registry_name": "relative_actions_processor",
+        "registry_name": RELATIVE_STEP,
         "config": {"enabled": True, "exclude_joints": [], "action_names": None},
     }
     absolute = {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}

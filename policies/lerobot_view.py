@@ -40,12 +40,16 @@ from policies.lerobot_format import (
     CONFIG_FILE,
     POSTPROCESSOR_FILE,
     PREPROCESSOR_FILE,
+    RELATIVE_STEP,
     WEIGHTS_FILE,
     LeRobotFormatError,
     Statistics,
+    StatisticsSource,
     act_from_lerobot,
     apply_umask,
+    has_relative_actions,
     image_key,
+    no_statistics,
     read_config,
     read_processor,
     read_safetensors,
@@ -424,47 +428,49 @@ class HorizonDiffusion:
 
 
 def load_lerobot_policy(
-    folder: Path, device: str | torch.device = "cpu", seed: int = 0, task: str | None = None
+    folder: Path,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    task: str | None = None,
+    statistics: StatisticsSource | None = None,
 ) -> LeRobotPolicyView:
     """Load a folder that LeRobot wrote, in eval mode, scaled by the folder's own statistics.
 
     Args:
-        folder: With ``config.json``, ``model.safetensors`` and both processors.
+        folder: With ``config.json``, ``model.safetensors`` and both processors; those that LeRobot
+            makes for a new policy stand in where there are none.
         device: Where the policy goes.
         seed: Of the noise of stochastic policies.
         task: What a language-conditioned policy is told to do.
+        statistics: Finds statistics if the folder brings none.
 
     Raises:
         LeRobotFormatError: If a file is missing or damaged, weights do not fit, a feature has no
             statistics, or the policy needs packages that are not installed.
     """
     values = read_config(folder)
-    for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
-        if not (folder / name).is_file():
-            raise LeRobotFormatError(
-                folder / name,
-                "no such file: the policy was saved before LeRobot 0.4, or not completely",
-                "Convert it: python -m lerobot.processor.migrate_policy_normalization "
-                f"--pretrained-path {folder}",
-            )
     weights = read_safetensors(folder / WEIGHTS_FILE)
+    _refuse_legacy(weights, folder)
     config = config_from_dict(values, folder / CONFIG_FILE)
     try:
         refuse_without_chunks(config)
     except ValueError as error:
         raise LeRobotFormatError(folder / CONFIG_FILE, str(error), "Load another policy") from error
     with extras_explained(folder / CONFIG_FILE, config.type):
-        policy = _with_weights(config, weights, folder)
+        policy = _with_weights(config, folder)
         preprocessor, postprocessor = _read_processors(config, folder)
-    missing = missing_statistics(config, _statistics_of(preprocessor))
-    missing += [m for m in _missing_for_actions(config, postprocessor) if m not in missing]
+    view = LeRobotPolicyView(policy.to(device).eval(), preprocessor, postprocessor, seed, task)
+    found = {**_statistics_of(preprocessor), **_statistics_of(postprocessor)}
+    missing = _missing(config, preprocessor, postprocessor)
+    if missing and not found and statistics is not None:
+        are_relative = _has_relative_actions(preprocessor, folder)
+        found = statistics(view.data_schema, view.chunk_size, are_relative)
+        for pipeline in (preprocessor, postprocessor):
+            _scale_by(pipeline, found)
+        missing = _missing(config, preprocessor, postprocessor)
     if missing:
-        raise LeRobotFormatError(
-            folder,
-            f"no statistics for {', '.join(missing)}; LeRobot would pass them through unscaled",
-            "Restore the processors' safetensors files",
-        )
-    return LeRobotPolicyView(policy.to(device).eval(), preprocessor, postprocessor, seed, task)
+        raise no_statistics(folder, missing, found)
+    return view
 
 
 def processors_for(
@@ -527,9 +533,18 @@ def lerobot_policy_from_checkpoint(
     return LeRobotPolicyView(policy.to(device).eval(), *processors), None
 
 
-def _with_weights(
-    config: "PreTrainedConfig", weights: Mapping[str, Tensor], folder: Path
-) -> "PreTrainedPolicy":
+def _refuse_legacy(weights: Mapping[str, Tensor], folder: Path) -> None:
+    legacy = [name for name in weights if ".buffer_" in name]
+    if legacy:
+        raise LeRobotFormatError(
+            folder / WEIGHTS_FILE,
+            f"statistics lie among the weights ({legacy[0]}), as before LeRobot 0.4",
+            "Convert it: python -m lerobot.processor.migrate_policy_normalization "
+            f"--pretrained-path {folder}",
+        )
+
+
+def _with_weights(config: "PreTrainedConfig", folder: Path) -> "PreTrainedPolicy":
     from lerobot.policies.factory import get_policy_class
     from lerobot.policies.pretrained import PreTrainedPolicy
     from safetensors.torch import load_model
@@ -540,14 +555,6 @@ def _with_weights(
         with contextlib.redirect_stdout(io.StringIO()):
             return policy_class.from_pretrained(folder, config=config)
     policy = policy_class(config)
-    legacy = [name for name in weights if ".buffer_" in name]
-    if legacy:
-        raise LeRobotFormatError(
-            folder / WEIGHTS_FILE,
-            f"statistics lie among the weights ({legacy[0]}), as before LeRobot 0.4",
-            "Convert it: python -m lerobot.processor.migrate_policy_normalization "
-            f"--pretrained-path {folder}",
-        )
     try:
         # LeRobot itself loads leniently: a misnamed tensor would stay random.
         load_model(policy, folder / WEIGHTS_FILE, strict=True)
@@ -565,9 +572,18 @@ def _read_processors(
 ) -> tuple["PolicyProcessorPipeline", "PolicyProcessorPipeline"]:
     from lerobot.policies.factory import make_pre_post_processors
 
+    found = [read_processor(folder / name) for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE)]
+    if found == [None, None]:
+        return make_pre_post_processors(config)
     overrides: list[dict[str, Any]] = []
-    for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
-        steps = (read_processor(folder / name) or {}).get("steps", [])
+    for name, pipeline in zip((PREPROCESSOR_FILE, POSTPROCESSOR_FILE), found, strict=True):
+        if pipeline is None:
+            raise LeRobotFormatError(
+                folder / name,
+                "no such file, but the other processor is there",
+                "Copy the whole policy folder again",
+            )
+        steps = pipeline.get("steps", [])
         for step in steps:
             if step.get("state_file"):
                 read_safetensors(folder / step["state_file"])
@@ -607,11 +623,40 @@ def _statistics_of(pipeline: "PolicyProcessorPipeline") -> Statistics:
     return statistics
 
 
-def _missing_for_actions(
-    config: "PreTrainedConfig", postprocessor: "PolicyProcessorPipeline"
+def _scale_by(pipeline: "PolicyProcessorPipeline", statistics: Statistics) -> None:
+    """Give a pipeline's scaling steps their statistics."""
+    from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+
+    steps: Sequence[Any] = pipeline.steps
+    for step in steps:
+        if isinstance(step, NormalizerProcessorStep | UnnormalizerProcessorStep):
+            step.stats = statistics
+            step.to()
+
+
+def _has_relative_actions(preprocessor: "PolicyProcessorPipeline", folder: Path) -> bool:
+    from lerobot.processor import RelativeActionsProcessorStep
+
+    steps: Sequence[Any] = preprocessor.steps
+    described = [
+        {"registry_name": RELATIVE_STEP, "config": step.get_config()}
+        for step in steps
+        if isinstance(step, RelativeActionsProcessorStep)
+    ]
+    return has_relative_actions({"steps": described}, folder)
+
+
+def _missing(
+    config: "PreTrainedConfig",
+    preprocessor: "PolicyProcessorPipeline",
+    postprocessor: "PolicyProcessorPipeline",
 ) -> list[str]:
-    missing = missing_statistics(config, _statistics_of(postprocessor))
-    return [text for text in missing if text.startswith("action ")]
+    """Features that one of the pipelines would pass through unscaled."""
+    missing = missing_statistics(config, _statistics_of(preprocessor))
+    scaled_back = missing_statistics(config, _statistics_of(postprocessor))
+    return missing + [
+        text for text in scaled_back if text.startswith("action ") and text not in missing
+    ]
 
 
 def _place(pipeline: "PolicyProcessorPipeline", device: torch.device) -> None:

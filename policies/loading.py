@@ -1,7 +1,7 @@
 """Any finished policy from a path: our checkpoints and runs, LeRobot folders, hub ids."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +9,18 @@ import torch
 
 from policies.act import ACTPolicy
 from policies.checkpoint_files import CheckpointError, read_checkpoint
-from policies.interface import PolicyView
-from policies.lerobot_format import CONFIG_FILE, load_lerobot_act, read_config
+from policies.interface import DataSchema, DataStatistics, PolicyView
+from policies.lerobot_config import lerobot_statistics
+from policies.lerobot_format import (
+    CONFIG_FILE,
+    Statistics,
+    load_lerobot_act,
+    read_config,
+    trained_on_imagenet_scale,
+)
 
+DataStatisticsSource = Callable[[DataSchema, int], DataStatistics]
+"""Statistics of a data set as a policy with this schema and this chunk size reads it."""
 _POLICY_PREFIX = "policy."
 
 
@@ -32,14 +41,17 @@ class LoadedPolicy:
     action_unit: str = "px"
     split: Mapping[str, list[int]] | None = None
     """Episodes of its data set that the run trained on (``train``) and held out (``val``)."""
+    scaled_by_data: bool = False
+    """Whether it brought no statistics, so that those of a data set scale it."""
 
 
 def load_policy(
     policy_path: str,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    data_statistics: DataStatisticsSource | None = None,
 ) -> LoadedPolicy:
-    """Load a policy for analysis, in eval mode.
+    """Load a policy for analysis, in eval mode, scaled by its own statistics.
 
     Args:
         policy_path: A checkpoint file (``.ckpt``), a run folder (its best
@@ -47,22 +59,55 @@ def load_policy(
             that holds ``pretrained_model/``), or a hub id ``user/name``.
         device: Where the policy goes.
         revision: Branch, tag or commit of a hub id.
+        data_statistics: Asked for statistics only if a LeRobot folder brings none at all.
 
     Raises:
         PolicyNotFoundError: If the path is none of these; it says what was looked for.
         CheckpointError: If a checkpoint is damaged or not ours.
-        LeRobotFormatError: If a LeRobot folder is incomplete or damaged.
+        LeRobotFormatError: If a LeRobot folder is incomplete or damaged, statistics included.
     """
     path = find_policy(policy_path, revision)
     if path.is_file():
         return _load_checkpoint(path, device)
     config = read_config(path)
+    substitute = None if data_statistics is None else _DataScale(path, data_statistics)
+    coefficient = None
     if config.get("type", "act") == "act":
-        loaded = load_lerobot_act(path, device=device)
-        return LoadedPolicy(loaded.policy, path, "lerobot", loaded.temporal_ensemble_coeff)
-    from policies.lerobot_view import load_lerobot_policy
+        loaded = load_lerobot_act(path, substitute, device)
+        view, coefficient = loaded.policy, loaded.temporal_ensemble_coeff
+    else:
+        from policies.lerobot_view import load_lerobot_policy
 
-    return LoadedPolicy(load_lerobot_policy(path, device), path, "lerobot")
+        view = load_lerobot_policy(path, device, statistics=substitute)
+    is_scaled_by_data = substitute is not None and substitute.was_asked
+    return LoadedPolicy(view, path, "lerobot", coefficient, scaled_by_data=is_scaled_by_data)
+
+
+class _DataScale:
+    """A data set's statistics as LeRobot would have scaled a policy by them in training.
+
+    Args:
+        folder: Of the policy; what is left of its training settings decides.
+        data_statistics: Of the data set.
+    """
+
+    def __init__(self, folder: Path, data_statistics: DataStatisticsSource):
+        self._folder = folder
+        self._data_statistics = data_statistics
+        self.was_asked = False
+
+    def __call__(self, schema: DataSchema, chunk_size: int, relative_actions: bool) -> Statistics:
+        self.was_asked = True
+        images = "imagenet" if trained_on_imagenet_scale(self._folder) else "data"
+        found = self._data_statistics(schema, chunk_size)
+        if relative_actions:
+            if found.relative_action is None:
+                raise ValueError(
+                    f"{self._folder}: its actions are relative to the state, and those of the data "
+                    "set cannot be: states and actions differ in dimensions"
+                )
+            found = replace(found, action=found.relative_action)
+        return lerobot_statistics(found, schema, images)
 
 
 def find_policy(policy_path: str, revision: str | None = None) -> Path:

@@ -559,7 +559,7 @@ def test_from_the_hub_only_what_is_shown_is_fetched(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(lerobot_dataset))
     words = ("--episode_idx", "1", "--calibration_episodes", "2")
     assert landscape(diffusion, "user/name", tmp_path / "out", *words, videos=False) == 0
-    assert asked == [("user/name", [1]), ("user/name", [1, 2])]
+    assert asked == [("user/name", [1, 2])]
 
 
 # The example

@@ -421,7 +421,7 @@ DAMAGES = {
     "truncated_statistics": (truncated("policy_pre*.safetensors"), "normalizer.*damaged"),
     "no_processor": (
         lambda f: (f / "policy_preprocessor.json").unlink(),
-        "policy_preprocessor.json: no such file.*migrate_policy_normalization",
+        "policy_preprocessor.json: no such file.*Copy the whole policy folder",
     ),
     "no_statistics": (without_action_range, "no statistics for action .MIN_MAX needs max"),
     "no_postprocessor_statistics": (without_postprocessor_statistics, "no statistics for action"),
