@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from policies.act import Attention
+from policies.act import Attention, attention_weights
 
 ENCODER, DECODER = "encoder", "decoder"
 
@@ -141,24 +141,6 @@ def capture_attention(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def attention_weights(
-    query: Float[Tensor, "batch head query head_dim"],
-    key: Float[Tensor, "batch head token head_dim"],
-    mask: Tensor | None = None,
-) -> Float[Tensor, "batch head query token"]:
-    """softmax(q k^T / sqrt(head_dim)) of Vaswani et al. 2017, equation 1.
-
-    Args:
-        query: Projected queries.
-        key: Projected keys.
-        mask: True where a token may be attended to, broadcast to the weights; everywhere when None.
-    """
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1)
 
 
 def _observe(

@@ -20,7 +20,7 @@ from attention.capture import (
 )
 from attention.method import ACTMethod, Target
 from attention.tokens import TokenLayout
-from policies.act import ACTPolicy
+from policies.act import ACTPolicy, DecoderLayer
 from policies.interface import Observation, PolicyView
 
 
@@ -128,12 +128,36 @@ def captured_weights(
     policy: ACTPolicy,
     observation: Observation,
     queries: Sequence[int],
-    layers: Sequence[str] | None = None,
+    with_encoder: bool = True,
 ) -> AttentionWeights:
-    """Predict ``queries`` once, without a graph, and return the weights of some layers."""
-    with torch.no_grad(), capture_attention(policy.network, layers) as capture:
-        policy.predict_chunk(observation, queries)
-    return capture.weights
+    """Encode the frames once, without a graph, and return what is attended to there.
+
+    With one decoder layer nothing behind the weights is computed: at LeRobot's defaults the rest of
+    the decoder is two fifths of a batched forward pass.
+
+    Args:
+        policy: In eval mode.
+        observation: Frames.
+        queries: Chunk steps whose cross-attention is wanted.
+        with_encoder: Whether the encoder's self-attention is wanted, too.
+    """
+    network = policy.network
+    names = list(attention_layers(network))
+    encoder = [name for name in names if name.startswith(ENCODER)] if with_encoder else []
+    decoder = [name for name in names if name.startswith(DECODER)]
+    if len(decoder) > 1:
+        with torch.no_grad(), capture_attention(network, [*encoder, *decoder]) as capture:
+            policy.predict_chunk(observation, queries)
+        return capture.weights
+    with torch.no_grad(), capture_attention(network, encoder) as capture:
+        tokens = policy.encode_observation(observation)
+        memory = network.encode(tokens, network.prior_mean(tokens.tokens))
+    with torch.no_grad():
+        first = network.decoder.layers[0]
+        assert isinstance(first, DecoderLayer)
+        positions = network.query_positions[list(queries)]
+        cross = first.memory_weights(positions, memory, tokens.positions)
+    return AttentionWeights({**capture.weights.by_layer, decoder[0]: cross})
 
 
 class CrossAttention(ACTMethod):
@@ -161,8 +185,7 @@ class CrossAttention(ACTMethod):
         """One forward pass."""
         policy = self.policy(view)
         target.check(policy)
-        names = [name for name in attention_layers(policy.network) if name.startswith(DECODER)]
-        weights = captured_weights(policy, observation, target.queries, names)
+        weights = captured_weights(policy, observation, target.queries, with_encoder=False)
         relevance = query_attention(weights, target.queries, self.layer, self.head)
         layout = TokenLayout.of(policy.network)
         return token_attribution(self.name, layout, relevance, target.queries)

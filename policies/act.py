@@ -93,6 +93,24 @@ class ScaledDotProduct(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
+def attention_weights(
+    query: Float[Tensor, "#batch head query head_dim"],
+    key: Float[Tensor, "batch head token head_dim"],
+    mask: Bool[Tensor, "batch 1 1 token"] | None = None,
+) -> Float[Tensor, "batch head query token"]:
+    """softmax(q k^T / sqrt(head_dim)) of Vaswani et al. 2017, equation 1.
+
+    Args:
+        query: Projected queries.
+        key: Projected keys.
+        mask: True where a token may be attended to; everywhere when None.
+    """
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1)
+
+
 class Attention(nn.Module):
     """Multi-head attention with torch's parameter layout, computed by the fused kernel."""
 
@@ -141,6 +159,16 @@ class Attention(nn.Module):
         )
         return self.out_proj(self._merge_heads(mixed))
 
+    def weights(
+        self, query: Float[Tensor, "#batch query dim"], key: Float[Tensor, "batch token dim"]
+    ) -> Float[Tensor, "batch head query token"]:
+        """What ``query`` attends to in ``key``, without mixing any values."""
+        dim = key.shape[-1]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        q = F.linear(query, weight[:dim], bias[:dim])
+        k = F.linear(key, weight[dim : 2 * dim], bias[dim : 2 * dim])
+        return attention_weights(self._split_heads(q), self._split_heads(k))
+
     def with_constant_value(
         self,
         query_and_key: Float[Tensor, "1 query dim"],
@@ -160,8 +188,7 @@ class Attention(nn.Module):
         q, k = F.linear(
             query_and_key, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim]
         ).chunk(2, dim=-1)
-        q, k = self._split_heads(q), self._split_heads(k)
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+        weights = attention_weights(self._split_heads(q), self._split_heads(k))
         kept = F.dropout(weights.expand(batch, -1, -1, -1), self.dropout).sum(-1)
         heads = rearrange(v, "(head dim) -> head 1 dim", head=self.n_heads)
         return self.out_proj(self._merge_heads(kept[..., None] * heads))
@@ -288,6 +315,20 @@ class DecoderLayer(nn.Module):
         )
         x = self.dropout(attended)
         return x if self.pre_norm else self.norm1(x)
+
+    def memory_weights(
+        self,
+        positions: Float[Tensor, "query dim"],
+        memory: Float[Tensor, "batch token dim"],
+        memory_positions: Float[Tensor, "token dim"],
+    ) -> Float[Tensor, "batch head query token"]:
+        """What the first layer's queries attend to in the memory, and nothing else.
+
+        The queries have seen only zeros by then, so they are the same for the whole batch.
+        """
+        x = self.attend_to_zeros(positions, batch=1)
+        normed = self.norm2(x) if self.pre_norm else x
+        return self.cross_attention.weights(normed + positions, memory + memory_positions)
 
     def attend_to_memory(
         self,

@@ -8,7 +8,7 @@ from einops import rearrange
 from lerobot_folders import SCHEMA, episode, lerobot_policy, to_lerobot
 
 from attention.capture import attention_layers, capture_attention, open_attention
-from attention.maps import query_attention, roll_out, self_attention
+from attention.maps import captured_weights, query_attention, roll_out, self_attention
 from attention.tokens import TokenLayout
 from policies.act import ACTPolicy
 from policies.ensembling import ActionQueue, TemporalEnsembler
@@ -335,6 +335,26 @@ def test_queries_alone_have_the_weights_that_they_have_in_the_whole_chunk():
             policy.predict_chunk(observation, queries)
         found.append(query_attention(capture.weights, [2, 4]))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("n_decoder_layers", [1, 2])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_weights_alone_are_those_of_a_whole_prediction(n_decoder_layers, pre_norm):
+    policy = our_policy(n_decoder_layers=n_decoder_layers, pre_norm=pre_norm)
+    observation = Observation(
+        {"image": torch.rand(3, 3, 32, 32)}, torch.randn(3, 2) if SCHEMA.state_dim else None
+    )
+    with torch.no_grad(), capture_attention(policy.network) as capture:
+        policy.predict_chunk(observation)
+    found = captured_weights(policy, observation, [1, 4])
+    assert list(found.by_layer) == list(capture.weights.by_layer)
+    torch.testing.assert_close(found.encoder(), capture.weights.encoder())
+    torch.testing.assert_close(
+        query_attention(found, [1, 4]), query_attention(capture.weights, [1, 4])
+    )
+    alone = captured_weights(policy, observation, [1, 4], with_encoder=False)
+    assert not alone.encoder()
+    torch.testing.assert_close(alone.cross(), found.cross())
 
 
 def test_a_copy_of_a_network_is_captured_by_itself():
