@@ -227,13 +227,8 @@ class IntegratedGradients(ACTMethod):
         attributions = [
             [slope * way for slope, way in zip(each, ways, strict=True)] for each in slopes
         ]
-        reached = torch.stack(
-            [
-                torch.stack([part.flatten(1).sum(1) for part in each]).sum(0)
-                for each in attributions
-            ],
-            dim=1,
-        )
+        sums = [[part.flatten(1).sum(1) for part in each] for each in attributions]
+        reached = torch.stack([torch.stack(each).sum(0) for each in sums], dim=1)
         error = (reached - difference).abs().sum(1) / difference.abs().sum(1).clamp_min(1e-12)
         return self._attribution(policy, end, attributions, target, error)
 
