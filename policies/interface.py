@@ -331,4 +331,4 @@ class Findings:
     histograms: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     """Name to (edges, counts): rising edges, one more than the at most 512 counts."""
     arrays: dict[str, str] = field(default_factory=dict)
-    """Artifact name to path of an npz with what the numbers and pictures were made from."""
+    """Artifact name to path of an npz or Parquet file: what numbers and pictures were made from."""
