@@ -4,12 +4,12 @@ All use ``torch.autograd.grad`` towards inputs or activations, so that neither g
 of the policy's parameters change.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from attention.attribution import Attribution
 from attention.baseline import Baseline, baseline_pictures
@@ -25,6 +25,10 @@ PASS_PIXELS = 2**19
 """Pixels whose activations are kept at once, about: half a gigabyte of a ResNet-18's."""
 CROWDING = 3.0
 """Power by which the nodes of integrated gradients crowd around the faintest picture."""
+CONTRAST_WEIGHT = 1 / 16
+"""What a picture's contrast adds to its faintness, beside its mean colour."""
+MAX_COMPLETENESS_ERROR = 0.03
+"""Above it, integrated gradients divide every interval of a frame by three, where they may."""
 
 
 class Relevancy(ACTMethod):
@@ -48,13 +52,13 @@ class Relevancy(ACTMethod):
             # A start for the graph: weights only depend on what requires a gradient.
             start = tokens.tokens.detach().clone().requires_grad_()
             with capture_attention(network, differentiable=True) as capture:
-                actions = policy.unnormalise_actions(
+                # As explained_actions: the state of relative actions is not added.
+                actions = policy.normaliser.action.unnormalise(
                     network.decode(
-                        ObservationTokens(start, tokens.positions),
+                        ObservationTokens(start, tokens.positions.clone()),
                         network.prior_mean(start),
                         target.queries,
-                    ),
-                    observation,
+                    )
                 )
             outputs = target.aggregate(target.coordinates(actions))
             weights = capture.weights
@@ -118,9 +122,15 @@ class GradCAM(ACTMethod):
         backbone = policy.network.backbone
         assert backbone is not None
         features: list[Tensor] = []
+
+        def begin(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
+            """Let the graph begin here; the backbone needs none."""
+            features.append(output.detach().requires_grad_())
+            return features[-1]
+
         with torch.inference_mode(False), torch.enable_grad():
             # One call of the backbone for each camera, in token order.
-            handle = backbone.register_forward_hook(lambda *call: features.append(call[-1]))
+            handle = backbone.register_forward_hook(begin)
             try:
                 actions = explained_actions(policy, _copied(observation), target.queries)
             finally:
@@ -157,31 +167,45 @@ class IntegratedGradients(ACTMethod):
     picture is faintest in the network's units: there a normalising network (GroupNorm, or a frozen
     norm with small variance) is nearly discontinuous, since it lifts a faint picture to full
     contrast. captum has no such nodes; with evenly spaced ones the rule is captum's
-    ``riemann_middle``.
+    ``riemann_middle``. Frames whose completeness error stays above 3 % get three times as many
+    nodes, and again, which uses every gradient that is already known.
 
     Args:
-        n_steps: Nodes.
+        n_steps: Nodes, at first.
         baseline: The empty picture: the mean colour, or black. States start from their mean.
+        max_steps: Nodes for one frame, at most: ``n_steps`` for no more than those, nine times as
+            many when None.
 
     Raises:
-        ValueError: If ``n_steps`` is not positive, or the baseline unknown.
+        ValueError: If ``n_steps`` is not positive or above ``max_steps``, or the baseline unknown.
     """
 
     name = "integrated_gradients"
 
-    def __init__(self, n_steps: int = 50, baseline: Baseline = "mean"):
+    def __init__(
+        self, n_steps: int = 50, baseline: Baseline = "mean", max_steps: int | None = None
+    ):
         if n_steps < 1:
             raise ValueError(f"n_steps {n_steps}: give at least 1")
+        if max_steps is not None and max_steps < n_steps:
+            raise ValueError(f"max_steps {max_steps}: give at least n_steps {n_steps}")
         if baseline not in ("mean", "black"):
             raise ValueError(f"baseline {baseline!r}: give mean or black")
         self.n_steps = n_steps
+        self.max_steps = 9 * n_steps if max_steps is None else max_steps
         self.baseline: Baseline = baseline
 
     def attribute(self, view: PolicyView, observation: Observation, target: Target) -> Attribution:
-        """``n_steps`` forward passes, each with one backward pass for every output."""
+        """At least ``n_steps`` forward passes, each with one backward pass for every output."""
         policy = self.policy(view)
         target.check(policy)
-        empty = baseline_pictures(policy, observation, self.baseline)
+        seen = _Inputs.of(policy, observation).observation()
+        # A colour that bytes can hold: at the exact mean, which is the network's zero, GroupNorm
+        # without biases is discontinuous, and no number of nodes would do.
+        empty = {
+            camera: (pictures * 255).round() / 255
+            for camera, pictures in baseline_pictures(policy, seen, self.baseline).items()
+        }
         start = _Inputs.of(
             policy, Observation(empty, observation.state, observation.environment_state)
         )
@@ -207,42 +231,33 @@ class IntegratedGradients(ACTMethod):
 
         with torch.inference_mode(False), torch.no_grad():
             difference = outputs(end) - outputs(start)
-        n_outputs = difference.shape[1]
-        slopes: list[list[Tensor]] = [
-            [torch.zeros_like(value) for value in end.values] for _ in range(n_outputs)
-        ]
-        for step in range(self.n_steps):
-            with torch.inference_mode(False), torch.enable_grad():
-                between = start.towards(end, nodes[:, step])
-                found = outputs(between)
-                for number in range(n_outputs):
-                    gradients = torch.autograd.grad(
-                        found[:, number].sum(),
-                        between.values,
-                        retain_graph=number + 1 < n_outputs,
-                    )
-                    for total, gradient in zip(slopes[number], gradients, strict=True):
-                        total += gradient * _along(widths[:, step], gradient)
-        ways = [after - before for before, after in zip(start.values, end.values, strict=True)]
-        attributions = [
-            [slope * way for slope, way in zip(each, ways, strict=True)] for each in slopes
-        ]
-        sums = [[part.flatten(1).sum(1) for part in each] for each in attributions]
-        reached = torch.stack([torch.stack(each).sum(0) for each in sums], dim=1)
-        error = (reached - difference).abs().sum(1) / difference.abs().sum(1).clamp_min(1e-12)
-        return self._attribution(policy, end, attributions, target, error)
+        attributions = _integrate(outputs, start, end, nodes, widths)
+        rows = torch.arange(len(end), device=nodes.device)
+        while True:
+            error = _completeness_error(attributions, difference)
+            again = error[rows] > MAX_COMPLETENESS_ERROR
+            if not again.any() or 3 * nodes.shape[1] > self.max_steps:
+                return self._attribution(policy, end, attributions, target, error)
+            rows, nodes, widths = rows[again], nodes[again], widths[again] / 3
+            # The middle of an interval is that of its middle third too: nothing is done twice.
+            outer = torch.cat([nodes - widths, nodes + widths], dim=1)
+            added = _integrate(
+                outputs, start.rows(rows), end.rows(rows), outer, widths.repeat(1, 2)
+            )
+            for whole, part in zip(attributions, added, strict=True):
+                whole[:, rows] = whole[:, rows] / 3 + part
+            nodes, widths = torch.cat([nodes, outer], dim=1), widths.repeat(1, 3)
 
     def _attribution(
         self,
         policy: ACTPolicy,
         inputs: "_Inputs",
-        attributions: Sequence[Sequence[Tensor]],
+        attributions: Sequence[Tensor],
         target: Target,
         error: Float[Tensor, " batch"],
     ) -> Attribution:
         maps, vectors, dimensions = {}, {}, {}
-        for place, name in enumerate(inputs.names):
-            parts = torch.stack([each[place] for each in attributions])
+        for name, parts in zip(inputs.names, attributions, strict=True):
             if name in policy.data_schema.cameras:
                 pixels = reduce(
                     parts, "output batch rgb row column -> output batch row column", "sum"
@@ -272,10 +287,14 @@ class _Inputs:
 
     @classmethod
     def of(cls, policy: ACTPolicy, observation: Observation) -> "_Inputs":
-        """Pictures in 0..1 in token order, then states, in the policy's precision."""
+        """Pictures in 0..1 in token order, then states, in the policy's precision.
+
+        Pictures in single precision at least: sums over many nodes are made of them.
+        """
         dtype = policy.network.action_head.weight.dtype
+        exact = torch.promote_types(dtype, torch.float32)
         named = {
-            name: to_unit_range(observation.images[name], dtype)
+            name: to_unit_range(observation.images[name], exact)
             for name in policy.data_schema.cameras
         }
         if policy.normaliser.state is not None and observation.state is not None:
@@ -290,7 +309,7 @@ class _Inputs:
     def __len__(self) -> int:
         return len(self.values[0])
 
-    def rows(self, index: slice) -> "_Inputs":
+    def rows(self, index: slice | Int[Tensor, " row"]) -> "_Inputs":
         return _Inputs(self.names, [value[index] for value in self.values])
 
     def with_mean_states(self, policy: ACTPolicy) -> "_Inputs":
@@ -321,6 +340,46 @@ class _Inputs:
         return Observation(named, state, environment_state)
 
 
+def _integrate(
+    outputs: Callable[[_Inputs], Tensor],
+    start: _Inputs,
+    end: _Inputs,
+    nodes: Float[Tensor, "batch node"],
+    widths: Float[Tensor, "batch node"],
+) -> list[Tensor]:
+    """Sum gradients over nodes, times the way that each input goes.
+
+    Returns:
+        For each input the attributions of every output, (output, batch, ...).
+    """
+    sums: list[Tensor] = []
+    for share, width in zip(nodes.unbind(1), widths.unbind(1), strict=True):
+        with torch.inference_mode(False), torch.enable_grad():
+            between = start.towards(end, share)
+            found = outputs(between).sum(0)
+            gradients = [
+                torch.autograd.grad(output, between.values, retain_graph=number + 1 < len(found))
+                for number, output in enumerate(found)
+            ]
+        slopes = [torch.stack(of_outputs) for of_outputs in zip(*gradients, strict=True)]
+        sums = sums or [torch.zeros_like(slope) for slope in slopes]
+        for total, slope in zip(sums, slopes, strict=True):
+            total += slope * _along(width, slope[0])
+    return [
+        total * (after - before)
+        for total, before, after in zip(sums, start.values, end.values, strict=True)
+    ]
+
+
+def _completeness_error(
+    attributions: Sequence[Tensor], difference: Float[Tensor, "batch output"]
+) -> Float[Tensor, " batch"]:
+    """``sum_outputs |sum of attributions - difference| / sum_outputs |difference|``."""
+    reached = torch.stack([parts.flatten(2).sum(-1) for parts in attributions]).sum(0)
+    missed = (rearrange(reached, "output batch -> batch output") - difference).abs().sum(1)
+    return missed / difference.abs().sum(1).clamp_min(1e-12)
+
+
 def crowded_edges(
     centre: Float[Tensor, " batch"], n_steps: int, power: float = CROWDING
 ) -> Float[Tensor, "batch edge"]:
@@ -342,18 +401,24 @@ def crowded_edges(
 
 
 def _faintest(policy: ACTPolicy, start: _Inputs, end: _Inputs) -> Float[Tensor, " batch"]:
-    """The share of the way at which the pictures, in the network's units, are smallest."""
+    """The share of the way at which the pictures, in the network's units, are smallest.
+
+    Contrast counts little beside the mean colour: where that vanishes, a norm divides by contrast.
+    """
     slope = torch.zeros(len(end), device=end.values[0].device, dtype=end.values[0].dtype)
     length = torch.zeros_like(slope)
     for name, before, after in zip(start.names, start.values, end.values, strict=True):
         if name in policy.data_schema.cameras:
             feature = policy.normaliser.image(name)
-            origin, way = (
-                feature.normalise_image(before),
-                (after - before) / feature.scale[:, None, None],
+            origin, goal = (
+                rearrange(
+                    feature.normalise_image(each), "batch rgb row column -> batch rgb (row column)"
+                )
+                for each in (before, after)
             )
-            slope -= (origin * way).flatten(1).sum(1)
-            length += way.square().flatten(1).sum(1)
+            way = goal.mean(-1) - origin.mean(-1)
+            slope -= (origin.mean(-1) * way).sum(1)
+            length += (way.square() + CONTRAST_WEIGHT * goal.var(-1, correction=0)).sum(1)
     return (slope / length.clamp_min(1e-12)).clamp(0, 1)
 
 

@@ -1,6 +1,6 @@
 """Occlusion: what an action does when a part of the picture is covered. Causal, for any policy."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from einops import rearrange, repeat
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from attention.attribution import Attribution
 from attention.baseline import Baseline, baseline_pictures
-from attention.method import Method, Target
+from attention.method import Method, Target, explained_actions
 from attention.tokens import ENVIRONMENT_STATE, STATE
 from policies.act import ACTPolicy
 from policies.interface import Observation, PolicyView
+from policies.lerobot_view import LeRobotPolicyView
 
 N_PATCHES_ALONG = 12
 """Patches along the shorter side of a picture, unless their size is given."""
@@ -25,7 +26,8 @@ class Occlusion(Method):
 
     Relevance of a patch: L1 distance between the actions on the covered and on the original
     picture, summed over the target's dimensions, mean over its queries, in data units. States are
-    replaced by their mean where the policy holds it (our ACT), whole and dimension by dimension.
+    replaced by their mean, or the middle of their range, where the policy holds it (our ACT), whole
+    and dimension by dimension; what relative actions are added to stays the observed state.
 
     Own code: captum's Occlusion explains one number, expands every camera for each patch, and
     spreads patches that overhang the picture.
@@ -57,11 +59,16 @@ class Occlusion(Method):
         """One forward pass for every patch and state dimension."""
         self.check(view)
         target.check(view)
-        original = view.predict_chunk(observation, target.queries)
+        original = _actions(view, observation, target)
         covers = baseline_pictures(view, observation, self.baseline)
+        draws_by_batch = _draws_by_batch(view)
 
-        def change(altered: Observation, rows: Tensor) -> Float[Tensor, " variant"]:
-            actions = view.predict_chunk(altered, target.queries) - original[rows]
+        def change(altered: Observation, row: int) -> Float[Tensor, " variant"]:
+            before = original[row]
+            if draws_by_batch:
+                n_variants = len(next(iter(altered.images.values())))
+                before = _actions(view, _repeated(observation, row, n_variants), target)
+            actions = _actions(view, altered, target) - before
             chosen = actions if target.dimensions is None else actions[..., list(target.dimensions)]
             return chosen.abs().sum(-1).mean(-1)
 
@@ -84,8 +91,7 @@ class Occlusion(Method):
                 altered = Observation(
                     {**altered.images, camera: pictures}, altered.state, altered.environment_state
                 )
-                rows = torch.full((len(places),), row, device=original.device)
-                found.append(change(altered, rows))
+                found.append(change(altered, row))
             maps[camera] = rearrange(
                 torch.cat(found),
                 "(batch row column) -> batch row column",
@@ -112,7 +118,11 @@ class Occlusion(Method):
         )
 
     def _without_state(
-        self, observation: Observation, name: str, mean: Tensor, change
+        self,
+        observation: Observation,
+        name: str,
+        mean: Float[Tensor, " dimension"],
+        change: Callable[[Observation, int], Tensor],
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch dimension"]]:
         """Effect of putting the mean in the place of a state, whole and by dimensions."""
         given = observation.state if name == STATE else observation.environment_state
@@ -131,10 +141,29 @@ class Occlusion(Method):
             values = torch.where(is_replaced[places], mean.to(given), given[row])
             state = values if name == STATE else altered.state
             environment_state = values if name != STATE else altered.environment_state
-            rows = torch.full((len(places),), row, device=given.device)
-            effects.append(change(Observation(altered.images, state, environment_state), rows))
+            effects.append(change(Observation(altered.images, state, environment_state), row))
         found = rearrange(torch.cat(effects), "(batch variant) -> batch variant", batch=n_frames)
         return found[:, 0], found[:, 1:]
+
+
+def _actions(
+    view: PolicyView, observation: Observation, target: Target
+) -> Float[Tensor, "batch query action"]:
+    """What the policy itself decides."""
+    if isinstance(view, ACTPolicy):
+        return explained_actions(view, observation, target.queries)
+    return view.predict_chunk(observation, target.queries)
+
+
+def _draws_by_batch(view: PolicyView) -> bool:
+    """Whether a row's random numbers depend on its place in the batch.
+
+    Diffusion draws them row by row, from the state, which pictures do not change.
+    """
+    return isinstance(view, LeRobotPolicyView) and view.policy.config.type not in (
+        "act",
+        "diffusion",
+    )
 
 
 def _passes(observation: Observation, n_variants: int) -> Iterator[tuple[int, list[int]]]:
@@ -168,4 +197,9 @@ def _state_means(view: PolicyView) -> dict[str, Float[Tensor, " dim"]]:
     if not isinstance(view, ACTPolicy):
         return {}
     found = {STATE: view.normaliser.state, ENVIRONMENT_STATE: view.normaliser.environment_state}
-    return {name: feature.offset for name, feature in found.items() if feature is not None}
+    return {
+        name: feature.offset
+        for name, feature in found.items()
+        # A state that goes unscaled into the network says nothing of its mean.
+        if feature is not None and bool((feature.offset != 0).any())
+    }
