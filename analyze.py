@@ -44,13 +44,42 @@ COMMANDS = {
         "commands.rollout",
         "let a policy act: success and score with intervals, videos, one row per variant",
         required=("policy_path", "output_dir"),
+        optional=("task", "device", "revision"),
     ),
     "landscape": Command(
         "commands.landscape",
         "what a policy would do everywhere on the board: densities, videos, calibration",
         required=("policy_path", "dataset_repo_id", "output_dir"),
-        optional=("episode_idx",),
+        optional=("episode_idx", "task", "device", "revision", "stats_from_data"),
         several=("policy_path", "episode_idx"),
+    ),
+    "attention": Command(
+        "commands.attention",
+        "where ACT looks, along recorded episodes or while it acts: maps, shares, videos",
+        required=("policy_path", "output_dir"),
+        optional=(
+            "dataset_repo_id",
+            "episode_idx",
+            "task",
+            "device",
+            "revision",
+            "stats_from_data",
+        ),
+        several=("episode_idx",),
+    ),
+    "saliency": Command(
+        "commands.saliency",
+        "what an action depends on, by gradients or by covering the picture: maps, videos",
+        required=("policy_path", "output_dir"),
+        optional=(
+            "dataset_repo_id",
+            "episode_idx",
+            "task",
+            "device",
+            "revision",
+            "stats_from_data",
+        ),
+        several=("episode_idx",),
     ),
     "export": Command(
         "commands.export",
@@ -58,6 +87,19 @@ COMMANDS = {
         required=("policy_path", "output_dir"),
     ),
 }
+
+
+def episode_number(text: str) -> int | str:
+    """Parse one value of ``--episode_idx``, a number or the word all."""
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither the number of an episode nor the word all"
+        ) from error
+
 
 SHARED: dict[str, dict] = {
     "policy_path": {
@@ -68,8 +110,25 @@ SHARED: dict[str, dict] = {
         "help": "an HDF5 file, a folder of them, or a LeRobot data set",
         "metavar": "PATH",
     },
-    "episode_idx": {"help": "number of an episode in the data set", "type": int, "metavar": "N"},
+    "episode_idx": {
+        "help": "numbers of episodes in the data set, or the word all (default: the first one)",
+        "type": episode_number,
+        "metavar": "N",
+    },
     "output_dir": {"help": "folder to write to; made when missing", "metavar": "DIR"},
+    "task": {
+        "help": "simulator to act in, or to draw recorded states that are its own "
+        "(default: %(default)s)",
+        "default": "envs.push_t.PushTTask",
+        "metavar": "CLASS_PATH",
+    },
+    "device": {"help": "cpu, cuda, or auto (default)", "default": "auto"},
+    "revision": {"help": "branch, tag or commit of a policy's hub id"},
+    "stats_from_data": {
+        "help": "scale a LeRobot policy that brings no statistics by those of the whole data set, "
+        "which should be the one it was trained on; a policy's own are never replaced",
+        "action": "store_true",
+    },
 }
 
 

@@ -10,8 +10,7 @@ overview
     Cross-attention, its rollout through the encoder, and relevancy: first what the decoder reads,
     then where that came from, then how much of it moves the action.
 plan
-    Relevancy for steps further ahead: a plan looks at the goal of a push, the next step at the
-    agent.
+    Relevancy for the action seven steps ahead, to hold against that for the action now.
 published
     The look of the published attention mappers: jet, cells and robot state in one range, the
     state's share as a magenta frame.
@@ -28,7 +27,7 @@ import analyze
 
 RUNS = {
     "overview": ["--method", "cross_attention", "rollout", "relevancy"],
-    "plan": ["--method", "relevancy", "--queries", "0", "7", "--scale", "episode"],
+    "plan": ["--method", "relevancy", "--queries", "7"],
     "published": [
         *("--method", "cross_attention", "--colormap", "jet", "--scale", "global"),
         *("--show_proprio_border", "true", "--interpolation", "bicubic"),

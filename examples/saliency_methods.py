@@ -1,7 +1,7 @@
 """What an action depends on, by gradients and by covering parts of the picture.
 
     python examples/saliency_methods.py --policy_path outputs/demo/last \
-        --dataset_repo_id DEMOS.hdf5 --episode_idx 0 --output_dir outputs/saliency
+        --dataset_repo_id DEMOS.hdf5 --max_steps 30 --output_dir outputs/saliency
 
 Each run has a folder below ``--output_dir``; all other options go to every run as they are
 (``python analyze.py saliency --help``).
@@ -25,8 +25,11 @@ from examples.attention_over_episodes import run_all
 
 RUNS = {
     "all": ["--method", "grad_cam", "integrated_gradients", "occlusion"],
-    "sideways": ["--method", "integrated_gradients", "--dimensions", "0"],
-    "black": ["--method", "integrated_gradients", "--baseline", "black", "--n_steps", "100"],
+    "sideways": [
+        *("--method", "integrated_gradients", "--dimensions", "0"),
+        *("--n_faithfulness_frames", "0"),
+    ],
+    "black": ["--method", "integrated_gradients", "--baseline", "black"],
 }
 
 
