@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from jaxtyping import Float, Num
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from policies.backbones import to_unit_range
 from policies.interface import Observation, PolicyView
 
 Baseline = Literal["mean", "black"]
-"""Mean colour of the data, or black."""
+"""Mean colour, or black."""
 
 _LARGEST_STD = 0.5
 """Of values in 0..1: a channel scaled by more is scaled by its range, or not at all."""
@@ -26,7 +26,7 @@ def baseline_pictures(
     ``mean`` is the mean colour of the training split where the policy holds it: our ACT with
     ``image_normalisation`` mean_std. For every other policy, and for an ACT from a LeRobot folder
     whose pictures are scaled by ImageNet's moments, by their range or not at all, it is the mean
-    colour of the given frames: give all frames at once, or it changes from batch to batch.
+    colour of each frame itself, so that nothing depends on the frames beside it.
 
     Args:
         view: Its cameras are replaced.
@@ -49,7 +49,9 @@ def baseline_pictures(
         colour = _colour(view, camera, images, baseline).to(images.device)
         if images.dtype == torch.uint8:
             colour = (colour * 255).round()
-        pictures[camera] = colour.to(images.dtype)[:, None, None].expand(images.shape).contiguous()
+        history = " 1" * (images.ndim - 4)
+        colour = rearrange(colour.to(images.dtype), f"batch rgb -> batch{history} rgb 1 1")
+        pictures[camera] = colour.expand(images.shape).contiguous()
     return pictures
 
 
@@ -58,16 +60,16 @@ def _colour(
     camera: str,
     images: Num[Tensor, "batch *obs_step 3 height width"],
     baseline: Baseline,
-) -> Float[Tensor, " rgb"]:
+) -> Float[Tensor, "#batch rgb"]:
     """In 0..1."""
     if baseline == "black":
-        return torch.zeros(3)
+        return torch.zeros(1, 3)
     if baseline != "mean":
         raise ValueError(f"baseline {baseline!r}: give mean or black")
     known = _training_mean(view, camera) if isinstance(view, ACTPolicy) else None
     if known is not None:
-        return known
-    return reduce(to_unit_range(images), "... rgb height width -> rgb", "mean")
+        return known[None]
+    return reduce(to_unit_range(images), "batch ... rgb height width -> batch rgb", "mean")
 
 
 def _training_mean(policy: ACTPolicy, camera: str) -> Float[Tensor, " rgb"] | None:
