@@ -99,8 +99,8 @@ class AttentionScene:
     cameras: Mapping[str, CameraMap]
     """By name, from left to right."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Mass of each token type (:data:`TOKEN_TYPES`, and cameras by name), which sum to 1; empty
-    where the method has none."""
+    """Mass of each token type (:data:`TOKEN_TYPES`, and cameras by name). They sum to 1, or are all
+    0 where nothing counts at this instant; empty where the method has none."""
     caption: str = ""
     """One line of ASCII: the instant."""
     unit: str = ""
@@ -118,10 +118,11 @@ class AttentionScene:
             )
         if self.shares:
             shares = np.array(list(self.shares.values()))
-            if not (shares >= 0).all() or not abs(shares.sum() - 1) <= SHARE_TOLERANCE:
+            is_whole = not shares.any() or abs(shares.sum() - 1) <= SHARE_TOLERANCE
+            if not (shares >= 0).all() or not is_whole:
                 raise ValueError(
                     f"shares: {dict(self.shares)} sum to {shares.sum():.4g}; give shares >= 0 "
-                    "that sum to 1, or none"
+                    "that sum to 1, zeros where nothing counts, or none"
                 )
 
 
@@ -470,10 +471,16 @@ def attention_frame(
     body = _beside(columns, GAP_PX)
     low, high = value_range
     remark = ", uniform" if is_uniform(value_range) else ""
-    text = "  ".join(filter(None, (scene.unit, f"({SCALE_LABELS[style.scale]}{remark})")))
-    number_px = marks.text_width("0.000000")
-    scale = _colour_bar(f"{low:.3g}", f"{high:.3g}", text, style.colormap, number_px)
-    width = max(body.shape[1], scale.shape[1])
+    low_text, high_text = f"{low:.3g}", f"{high:.3g}"
+    label = SCALE_LABELS[style.scale]
+    text, longest = (
+        "  ".join(filter(None, (scene.unit, f"({label}{end})"))) for end in (remark, ", uniform")
+    )
+    number_px = marks.text_width("8.88e-88")
+    scale = _colour_bar(low_text, high_text, text, style.colormap, number_px)
+    # All frames of a video are equally wide, whatever they say.
+    reserved = _colour_bar(low_text, high_text, longest, style.colormap, number_px)
+    width = max(body.shape[1], reserved.shape[1])
     title = _line("   ".join(filter(None, (scene.title, scene.caption))), width)
     return _below(title, body, scale, *_note(note, width))
 

@@ -88,7 +88,7 @@ def attention_scenes(
         }
         parts = {name: float(values[row]) for name, values in shares.items()}
         # Without vectors the shares say nothing but that all lies in the pictures.
-        has_shares = bool(found.vectors) and sum(parts.values()) > 0
+        has_shares = bool(found.vectors)
         yield AttentionScene(
             title=title or TITLES.get(found.method, found.method),
             cameras=cameras,

@@ -572,7 +572,7 @@ def test_recorded_and_acted_episodes_are_explained_together(
     with h5py.File(stateless, "r+") as file:
         for number in range(len(LENGTHS)):
             del file[f"demo_{number}/observations/state"]
-    words = ("--n_rollouts", 2, "--first_seed", 7, "--method", "rollout", "cross_attention")
+    words = ("--n_rollouts", 2, "--first_seed", 7, "--method", "rollout")
     options = {"n_faithfulness_frames": 2, "max_steps": 3}
     found = {}
     for name, data in (("with", demonstrations), ("without", stateless)):

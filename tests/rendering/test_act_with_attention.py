@@ -226,3 +226,28 @@ def test_importing_it_needs_no_logger_and_no_data_library():
 
 def test_schema_of_the_shared_policies_is_what_these_tests_think():
     assert dict(SCHEMA.cameras) == {"image": (32, 32)}
+
+
+def test_frames_of_a_video_have_one_size_even_where_nothing_counts(tmp_path):
+    from attention.attribution import Attribution
+    from rendering.attention import AttentionStyle, attention_frames
+    from rendering.attention_scenes import attention_scenes
+    from rendering.video import write_videos
+
+    maps = torch.rand(4, 3, 3) * torch.tensor([1.0, 0.0, 1e-7, 1e4])[:, None, None]
+    found = Attribution(
+        method="occlusion",
+        queries=(0,),
+        maps={"image": maps},
+        cells_px={"image": 16.0},
+        image_sizes={"image": (48, 48)},
+        vectors={"state": maps.mean((1, 2))},
+        dimensions={},
+    )
+    observation = Observation({"image": torch.rand(4, 3, 48, 48)})
+    # Narrow pictures, so that the line below decides the width.
+    style = AttentionStyle(target_height=40)
+    frames = [attention_frames(each, style) for each in attention_scenes(found, observation)]
+    assert len({frame["image"].shape for frame in frames}) == 1
+    paths = write_videos({"image": tmp_path / "image.mp4"}, iter(frames), 10)
+    assert paths["image"].stat().st_size > 0
