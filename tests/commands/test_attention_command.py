@@ -404,7 +404,7 @@ def test_each_camera_has_a_video_and_all_of_them_have_one(two_cameras, tmp_path)
     policy = with_picture_scale(save_policy(tmp_path / "act.ckpt", cameras=CAMERAS))
     folder = tmp_path / "out"
     words = ("--method", "integrated_gradients", "occlusion", "--n_steps", 1, "--patch_px", 8)
-    options = {"videos": True, "episode_idx": "all", "max_steps": 2, "target_height": 200}
+    options = {"videos": True, "episode_idx": "all", "max_steps": 2, "target_height": 320}
     assert call("saliency", policy, two_cameras, folder, *words, **options) == 0
     for number in range(2):
         for method in ("integrated_gradients", "occlusion"):
