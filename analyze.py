@@ -28,6 +28,9 @@ class Command:
     """Shared options that take more than one value."""
 
 
+MAP_OPTIONS = ("dataset_repo_id", "episode_idx", "task", "device", "revision", "stats_from_data")
+"""Shared options of the commands that draw maps over what a policy sees."""
+
 COMMANDS = {
     "inspect": Command(
         "datamodules.inspect",
@@ -57,28 +60,14 @@ COMMANDS = {
         "commands.attention",
         "where ACT looks, along recorded episodes or while it acts: maps, shares, videos",
         required=("policy_path", "output_dir"),
-        optional=(
-            "dataset_repo_id",
-            "episode_idx",
-            "task",
-            "device",
-            "revision",
-            "stats_from_data",
-        ),
+        optional=MAP_OPTIONS,
         several=("episode_idx",),
     ),
     "saliency": Command(
         "commands.saliency",
         "what an action depends on, by gradients or by covering the picture: maps, videos",
         required=("policy_path", "output_dir"),
-        optional=(
-            "dataset_repo_id",
-            "episode_idx",
-            "task",
-            "device",
-            "revision",
-            "stats_from_data",
-        ),
+        optional=MAP_OPTIONS,
         several=("episode_idx",),
     ),
     "export": Command(

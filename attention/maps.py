@@ -152,7 +152,6 @@ def captured_weights(
     with torch.no_grad(), capture_attention(network, encoder) as capture:
         tokens = policy.encode_observation(observation)
         memory = network.encode(tokens, network.prior_mean(tokens.tokens))
-    with torch.no_grad():
         first = network.decoder.layers[0]
         assert isinstance(first, DecoderLayer)
         positions = network.query_positions[list(queries)]

@@ -29,10 +29,10 @@ from envs.task import Task
 from policies.act import ACTPolicy
 from policies.interface import Batch, Findings, PolicyView
 from rendering.attention import (
-    SIDE_BY_SIDE,
     AttentionStyle,
     attention_frames,
     attention_strip,
+    video_paths,
 )
 from rendering.attention_scenes import attention_scenes, value_range_of
 from rendering.picture import write_png
@@ -342,8 +342,7 @@ class Attention(Diagnostic):
         found = explain(method, view, episode.observation, self.target, self.batch_size)
         table = map_table(found, episode.episode_index, episode.frame_index)
         write_maps(folder / f"{method.name}.parquet", [table])
-        names = [*found.maps, *([SIDE_BY_SIDE] if len(found.maps) > 1 else [])]
-        paths = {name: folder / f"{method.name}_{name.replace('/', '_')}.mp4" for name in names}
+        paths = video_paths(folder, method.name, list(found.maps))
         value_range, note = value_range_of(found), resolution_note(view)
         frames = (
             attention_frames(scene, self.style, value_range, note)

@@ -655,10 +655,11 @@ def _study(
 
     from attention.table import write_maps
     from datamodules.progress import progress_bar
-    from rendering.attention import attention_strip
+    from rendering.attention import attention_strip, video_paths
     from rendering.picture import write_png
     from rendering.video import write_videos
 
+    cameras = list(subject.loaded.view.data_schema.cameras)
     records: dict[str, Record] = {}
     ranges = []
     n_steps = len(episode.batch) * len(subject.methods)
@@ -674,7 +675,8 @@ def _study(
                 continue
             value_range = ranges[-1] if ranges else None
             frames = _frames(parts, style, value_range, subject, name, advance)
-            write_videos(_video_paths(folder, episode, name, subject), frames, episode.fps)
+            paths = video_paths(folder, f"{episode.name}_{name}", cameras)
+            write_videos(paths, frames, episode.fps)
     tables = [table for record in records.values() for table in record.tables]
     write_maps(folder / f"{episode.name}.parquet", tables)
     strip = attention_strip(
@@ -783,18 +785,6 @@ def _value_range(parts: "Sequence[Part]") -> tuple[float, float]:
 
     lows, highs = zip(*(value_range_of(part.found) for part in parts), strict=True)
     return min(lows), max(highs)
-
-
-def _video_paths(folder: Path, episode: Episode, method: str, subject: Subject) -> dict[str, Path]:
-    from rendering.attention import SIDE_BY_SIDE
-
-    cameras = list(subject.loaded.view.data_schema.cameras)
-    names = [*cameras, SIDE_BY_SIDE] if len(cameras) > 1 else cameras
-    return {
-        # A camera's name without what separates folders.
-        name: folder / f"{episode.name}_{method}_{name.replace('/', '_')}.mp4"
-        for name in names
-    }
 
 
 # All episodes

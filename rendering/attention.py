@@ -8,6 +8,7 @@ beside the pictures and, in a range of its own, never covers them.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal, get_args
 
 import cv2
@@ -499,6 +500,13 @@ def attention_frames(
     if len(frames) > 1:
         frames[SIDE_BY_SIDE] = attention_frame(scene, style, episode, note)
     return frames
+
+
+def video_paths(folder: Path, stem: str, cameras: Sequence[str]) -> dict[str, Path]:
+    """Name a file for each video that :func:`attention_frames` draws the frames of."""
+    names = [*cameras, SIDE_BY_SIDE] if len(cameras) > 1 else cameras
+    # A camera's name without what separates folders.
+    return {name: folder / f"{stem}_{name.replace('/', '_')}.mp4" for name in names}
 
 
 def attention_strip(
