@@ -45,7 +45,7 @@ def test_our_actions_stay_the_same_bits(coefficient):
     controller = ActionQueue(3) if coefficient is None else TemporalEnsembler(coefficient, 6)
     wrapped = ACTPolicyWithAttention(policy, temporal_ensemble_coeff=coefficient)
     steps = controller.steps_used()
-    for observation in episode(50):
+    for observation in episode(N_STEPS):
         chunk = None
         if controller.wants_prediction():
             with torch.no_grad():
