@@ -16,10 +16,10 @@ from attention.baseline import Baseline, baseline_pictures
 from attention.capture import capture_attention
 from attention.maps import token_attribution
 from attention.method import ACTMethod, Target, explained_actions
-from attention.tokens import ENVIRONMENT_STATE, STATE, TokenLayout
 from policies.act import ACTPolicy, ObservationTokens
 from policies.backbones import to_unit_range
 from policies.interface import Observation, PolicyView
+from policies.tokens import ENVIRONMENT_STATE, STATE, TokenLayout
 
 PASS_PIXELS = 2**19
 """Pixels whose activations are kept at once, about: half a gigabyte of a ResNet-18's."""

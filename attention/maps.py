@@ -19,9 +19,9 @@ from attention.capture import (
     capture_attention,
 )
 from attention.method import ACTMethod, Target
-from attention.tokens import TokenLayout
 from policies.act import ACTPolicy, DecoderLayer
 from policies.interface import Observation, PolicyView
+from policies.tokens import TokenLayout
 
 
 def token_attribution(

@@ -10,10 +10,10 @@ from torch import Tensor
 from attention.attribution import Attribution
 from attention.baseline import Baseline, baseline_pictures
 from attention.method import Method, Target, explained_actions
-from attention.tokens import ENVIRONMENT_STATE, STATE
 from policies.act import ACTPolicy
 from policies.interface import Observation, PolicyView
 from policies.lerobot_view import LeRobotPolicyView
+from policies.tokens import ENVIRONMENT_STATE, STATE
 
 N_PATCHES_ALONG = 12
 """Patches along the shorter side of a picture, unless their size is given."""

@@ -18,10 +18,10 @@ from attention.faithfulness import (
     randomised,
 )
 from attention.method import Method, Target
-from attention.tokens import TokenLayout
 from policies.act import ACTPolicy
 from policies.backbones import receptive_field_px
 from policies.interface import Observation, PolicyView
+from policies.tokens import TokenLayout
 
 WEIGHTS_BYTES = 256 * 2**20
 """Attention weights that are kept at once, at most."""

@@ -38,10 +38,10 @@ from attention.maps import CrossAttention, query_attention, roll_out, token_attr
 from attention.method import Method, Target
 from attention.methods import METHODS
 from attention.study import explain
-from attention.tokens import TokenLayout
 from benchmarks.act_step import lerobot_policy, our_policy
 from policies.act import ACTPolicy
 from policies.interface import Observation
+from policies.tokens import TokenLayout
 from rendering.attention import overlay
 from rendering.colour import colour_table
 

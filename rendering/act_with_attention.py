@@ -15,11 +15,11 @@ from attention.attribution import Attribution
 from attention.capture import AttentionWeights, capture_attention
 from attention.maps import query_attention, roll_out, token_attribution
 from attention.method import Target
-from attention.tokens import TokenLayout
 from policies.act import ACTPolicy
 from policies.ensembling import ActionQueue, TemporalEnsembler
 from policies.interface import Observation
 from policies.lerobot_format import camera_name, image_key
+from policies.tokens import TokenLayout
 from rendering.attention import AttentionStyle, Scale, draw_camera, scale_range
 from rendering.attention_scenes import attention_scenes
 

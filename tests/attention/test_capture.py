@@ -9,11 +9,11 @@ from lerobot_folders import SCHEMA, episode, lerobot_policy, to_lerobot
 
 from attention.capture import attention_layers, capture_attention, open_attention
 from attention.maps import captured_weights, query_attention, roll_out, self_attention
-from attention.tokens import TokenLayout
 from policies.act import ACTPolicy
 from policies.ensembling import ActionQueue, TemporalEnsembler
 from policies.interface import DataSchema, Observation
 from policies.lerobot_format import load_lerobot_weights
+from policies.tokens import TokenLayout
 
 N_STEPS = 200
 

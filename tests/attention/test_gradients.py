@@ -13,9 +13,9 @@ from attention.capture import capture_attention
 from attention.gradients import GradCAM, IntegratedGradients, Relevancy, crowded_edges
 from attention.method import Target, explained_actions
 from attention.methods import ATTENTION_METHODS, METHODS, SALIENCY_METHODS
-from attention.tokens import TokenLayout
 from policies.act import ACTPolicy
 from policies.interface import Observation
+from policies.tokens import TokenLayout
 
 CAMERAS = {"top": [32, 48], "wrist": [48, 32]}
 FOLLOWING = {

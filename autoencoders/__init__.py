@@ -1,0 +1,1 @@
+"""Sparse autoencoders: what explains activations. Pure torch."""

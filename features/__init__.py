@@ -1,0 +1,1 @@
+"""Features of a policy: found on activations, described, and turned in the policy itself."""
