@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from rendering import marks
 from rendering.colour import colour_table, colours
+from rendering.layout import Picture, below, beside, blank, line, note_lines
 from rendering.video import CAPTION_PX, captioned
 
 Scale = Literal["frame", "episode", "fixed", "global"]
@@ -48,8 +49,6 @@ BAR_PX = 18
 NARROW_BAR_PX = 7
 """Width of the bars of shares in a strip."""
 LEGEND_ROW_PX = 18
-NOTE_SCALE = 0.42
-"""Of the font that :func:`rendering.video.captioned` writes in where there is room."""
 RAMP_PX = 100
 """Width of the colour bar."""
 MIN_PICTURE_PX = 32
@@ -58,8 +57,6 @@ SHARE_TOLERANCE = 0.01
 ROUNDING = 1e-6
 """A range this small, relative to its high end, is the rounding error of a uniform map."""
 OUTLINE = marks.RED
-
-Picture = UInt8[np.ndarray, "_ _ 3"]
 
 
 @dataclass(frozen=True)
@@ -466,10 +463,10 @@ def attention_frame(
     columns = [captioned(draw_camera(scene, name, style, value_range), name) for name in names]
     if scene.shares:
         # Level with the pictures, below their names and within their frames.
-        above = _blank(CAPTION_PX + _border_px(style, style.target_height), BAR_PX)
-        columns.append(_below(above, draw_shares(scene.shares, style.target_height)))
+        above = blank(CAPTION_PX + _border_px(style, style.target_height), BAR_PX)
+        columns.append(below(above, draw_shares(scene.shares, style.target_height)))
         columns.append(_legend(scene.shares))
-    body = _beside(columns, GAP_PX)
+    body = beside(columns, GAP_PX)
     low, high = value_range
     remark = ", uniform" if is_uniform(value_range) else ""
     low_text, high_text = f"{low:.3g}", f"{high:.3g}"
@@ -482,8 +479,8 @@ def attention_frame(
     # All frames of a video are equally wide, whatever they say.
     reserved = _colour_bar(low_text, high_text, longest, style.colormap, number_px)
     width = max(body.shape[1], reserved.shape[1])
-    title = _line("   ".join(filter(None, (scene.title, scene.caption))), width)
-    return _below(title, body, scale, *_note(note, width))
+    title = line("   ".join(filter(None, (scene.title, scene.caption))), width)
+    return below(title, body, scale, *note_lines(note, width))
 
 
 def attention_frames(
@@ -553,17 +550,17 @@ def attention_strip(
     def cell(pictures: Sequence[Picture], shares: Mapping[str, float]) -> Picture:
         """Lay pictures side by side, with a bar where others have one."""
         if not palette:
-            return _beside(pictures, NARROW_GAP_PX)
-        bar = _blank(height_px, NARROW_BAR_PX)
+            return beside(pictures, NARROW_GAP_PX)
+        bar = blank(height_px, NARROW_BAR_PX)
         if shares:
             bar = draw_shares(shares, height_px, NARROW_BAR_PX, palette)
-        return _beside([*pictures, _below(_blank(border_px, 1), bar)], NARROW_GAP_PX)
+        return beside([*pictures, below(blank(border_px, 1), bar)], NARROW_GAP_PX)
 
     def alone(scene: AttentionScene) -> Picture:
         pictures = [fit_height(camera.picture, height_px) for camera in scene.cameras.values()]
         return cell([_framed(picture, border_px, marks.WHITE) for picture in pictures], {})
 
-    lines = [_beside([captioned(alone(scene), scene.caption) for scene in rows[0]], GAP_PX)]
+    lines = [beside([captioned(alone(scene), scene.caption) for scene in rows[0]], GAP_PX)]
     width = lines[0].shape[1]
     has_uniform = False
     for index, row in enumerate(rows):
@@ -580,7 +577,7 @@ def attention_strip(
         low, high = ranges[0]
         values = f"{low:.3g} .. {high:.3g}" if style.scale == "episode" else ""
         title = "  ".join(filter(None, (row[0].title, values, row[0].unit)))
-        lines += [_line(title, width), _beside(cells, GAP_PX)]
+        lines += [line(title, width), beside(cells, GAP_PX)]
     low, high = "low", "high"
     if style.value_range is not None:
         low, high = (f"{value:.3g}" for value in style.value_range)
@@ -588,7 +585,7 @@ def attention_strip(
     footer = [_colour_bar(low, high, f"({SCALE_LABELS[style.scale]}{remark})", style.colormap)]
     footer += _wrapped_legend(names, max(width, footer[0].shape[1]))
     width = max(width, *(part.shape[1] for part in footer))
-    return _below(*lines, *footer, *_note(note, width))
+    return below(*lines, *footer, *note_lines(note, width))
 
 
 def _layout(scene: AttentionScene) -> dict[str, tuple[int, ...]]:
@@ -642,7 +639,7 @@ def _colour_bar(low: str, high: str, text: str, colormap: str, number_px: int = 
     left = 4 + number_px + 6
     right = left + RAMP_PX
     text_left = right + 6 + number_px + 8
-    bar = _blank(LEGEND_ROW_PX + 4, text_left + marks.text_width(text) + 4)
+    bar = blank(LEGEND_ROW_PX + 4, text_left + marks.text_width(text) + 4)
     steps = np.arange(RAMP_PX) * 256 // RAMP_PX
     bar[5 : LEGEND_ROW_PX + 1, left:right] = colour_table(colormap)[steps]
     baseline = LEGEND_ROW_PX - 2
@@ -657,13 +654,13 @@ def _legend(shares: Mapping[str, float]) -> Picture:
     heading = "share of mass"
     names_px = max(_entry_px(name) for name in shares)
     width = max(names_px + 6 + marks.text_width("100.0%"), marks.text_width(heading)) + 8
-    rows = [_line(heading, width)]
+    rows = [line(heading, width)]
     for name, share in shares.items():
         row = _entry(name, tuple(shares), width)
         percent = f"{share:.1%}"
         marks.draw_text(row, percent, (width - 4 - marks.text_width(percent), LEGEND_ROW_PX - 5))
         rows.append(row)
-    return _below(*rows)
+    return below(*rows)
 
 
 def _wrapped_legend(names: tuple[str, ...], width_px: int) -> list[Picture]:
@@ -675,12 +672,12 @@ def _wrapped_legend(names: tuple[str, ...], width_px: int) -> list[Picture]:
         if taken + entry.shape[1] > width_px:
             rows.append([])
         rows[-1].append(entry)
-    return [_beside(row, 0) for row in rows]
+    return [beside(row, 0) for row in rows]
 
 
 def _entry(name: str, names: tuple[str, ...], width_px: int) -> Picture:
     """Draw the colour of a token type and what it is called."""
-    row = _blank(LEGEND_ROW_PX, width_px)
+    row = blank(LEGEND_ROW_PX, width_px)
     row[4 : LEGEND_ROW_PX - 4, 4:14] = share_colours(names)[name]
     marks.draw_text(row, TOKEN_TYPES.get(name, name), (20, LEGEND_ROW_PX - 5))
     return row
@@ -688,46 +685,3 @@ def _entry(name: str, names: tuple[str, ...], width_px: int) -> Picture:
 
 def _entry_px(name: str) -> int:
     return 20 + marks.text_width(TOKEN_TYPES.get(name, name))
-
-
-def _note(text: str, width_px: int) -> list[Picture]:
-    """Break a text between words into lines of at most a width."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and marks.text_width(longer, NOTE_SCALE) <= width_px - 8:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return [_line(line, width_px) for line in lines]
-
-
-def _line(text: str, width_px: int) -> Picture:
-    """Write one line on white; text too long for it is set smaller."""
-    return captioned(np.empty((0, width_px, 3), np.uint8), text)
-
-
-def _blank(height_px: int, width_px: int) -> Picture:
-    return np.full((height_px, width_px, 3), 255, np.uint8)
-
-
-def _beside(pictures: Sequence[Picture], gap_px: int) -> Picture:
-    """Lay pictures side by side on white, their upper edges level."""
-    height = max(len(picture) for picture in pictures)
-    width = sum(picture.shape[1] for picture in pictures) + gap_px * (len(pictures) - 1)
-    frame = _blank(height, width)
-    left = 0
-    for picture in pictures:
-        frame[: len(picture), left : left + picture.shape[1]] = picture
-        left += picture.shape[1] + gap_px
-    return frame
-
-
-def _below(*pictures: Picture) -> Picture:
-    """Lay pictures below each other on white, their left edges in line."""
-    frame = _blank(sum(map(len, pictures)), max(picture.shape[1] for picture in pictures))
-    top = 0
-    for picture in pictures:
-        frame[top : top + len(picture), : picture.shape[1]] = picture
-        top += len(picture)
-    return frame
