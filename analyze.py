@@ -70,6 +70,32 @@ COMMANDS = {
         optional=MAP_OPTIONS,
         several=("episode_idx",),
     ),
+    "features record": Command(
+        "commands.features_record",
+        "activity of an autoencoder's features on every frame of a data set: Parquet",
+        required=("policy_path", "dataset_repo_id", "output_dir"),
+        optional=("episode_idx", "device", "revision", "stats_from_data"),
+        several=("episode_idx",),
+    ),
+    "features describe": Command(
+        "commands.features_describe",
+        "what features mean: strongest frames, simulator quantities, effect on the action",
+        required=("policy_path", "dataset_repo_id", "output_dir"),
+        optional=("task", "device", "revision", "stats_from_data"),
+    ),
+    "features steer": Command(
+        "commands.features_steer",
+        "scale, ablate or clamp features inside the policy: actions, rollouts, videos",
+        required=("policy_path", "dataset_repo_id", "output_dir"),
+        optional=("episode_idx", "task", "device", "revision", "stats_from_data"),
+        several=("episode_idx",),
+    ),
+    "features ood": Command(
+        "commands.features_ood",
+        "tell unfamiliar frames from the policy's own activations, at a stated false-alarm rate",
+        required=("policy_path", "dataset_repo_id", "output_dir"),
+        optional=("task", "device", "revision", "stats_from_data"),
+    ),
     "export": Command(
         "commands.export",
         "write a policy trained here as a LeRobot folder",
@@ -100,7 +126,8 @@ SHARED: dict[str, dict] = {
         "metavar": "PATH",
     },
     "episode_idx": {
-        "help": "numbers of episodes in the data set, or the word all (default: the first one)",
+        "help": "numbers of episodes in the data set, or the word all (default: the first one; "
+        "features record: all)",
         "type": episode_number,
         "metavar": "N",
     },
@@ -121,6 +148,10 @@ SHARED: dict[str, dict] = {
 }
 
 
+GROUPS = {"features": "sparse autoencoders: record, describe and steer what they find"}
+"""First words of commands that have two."""
+
+
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """Parser of all commands, with the options of the chosen one."""
     parser = argparse.ArgumentParser(
@@ -129,8 +160,18 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
         epilog="'analyze.py COMMAND --help' lists the options of a command.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    groups = {}
     for name, command in COMMANDS.items():
-        below = commands.add_parser(name, help=command.summary, description=command.summary)
+        first, _, second = name.partition(" ")
+        if second and first not in groups:
+            group = commands.add_parser(first, help=GROUPS[first], description=GROUPS[first])
+            groups[first] = group.add_subparsers(
+                dest="subcommand", metavar="COMMAND", required=True
+            )
+        below = (groups[first] if second else commands).add_parser(
+            second or first, help=command.summary, description=command.summary
+        )
+        below.set_defaults(module=command.module)
         for option in (*command.required, *command.optional):
             more = {"nargs": "+"} if option in command.several else {}
             below.add_argument(
@@ -151,12 +192,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 for success, 1 for bad input, said in one message.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    chosen = next((word for word in argv if word in COMMANDS), None)
+    words = [" ".join(argv[:n_words]) for n_words in (2, 1)]
+    chosen = next((name for name in words if name in COMMANDS), None)
     args = build_parser(chosen).parse_args(argv)
     try:
-        return import_module(COMMANDS[args.command].module).run(args)
+        return import_module(args.module).run(args)
     except (ValueError, OSError) as error:
-        print(f"analyze.py {args.command}: {error}", file=sys.stderr)
+        print(f"analyze.py {chosen}: {error}", file=sys.stderr)
         return 1
 
 

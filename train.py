@@ -69,7 +69,7 @@ DEFAULT_OUTPUT_DIR = "outputs"
 DEFAULT_NAME = "run"
 TRACEBACK_VARIABLE = "POLICYSCOPE_TRACEBACK"
 
-DATA_LINKS = ("cameras", "state_dim", "action_dim", "chunk_size")
+DATA_LINKS = ("cameras", "state_dim", "action_dim", "chunk_size", "d_in")
 """Properties of a data module that a model takes as arguments of the same name, if it has them."""
 
 EXIT_USAGE = 2

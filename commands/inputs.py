@@ -2,14 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from policies.interface import DataSchema, DataStatistics, PolicyView
+from datamodules.opening import DataShape, episode_lengths, open_demonstrations
+from policies.interface import DataSchema, DataStatistics
 
 if TYPE_CHECKING:
-    from datamodules.base import DemonstrationDataModule
     from envs.task import Task
     from policies.ensembling import ActionQueue, TemporalEnsembler
     from policies.loading import LoadedPolicy
@@ -156,22 +154,6 @@ def load_policies(
     return loaded
 
 
-def episode_lengths(dataset_repo_id: str) -> dict[int, int]:
-    """Steps of each episode of a data set, by its number; from the hub, only tables are fetched.
-
-    Raises:
-        ValueError: If there is no such data set, or it cannot be used.
-    """
-    from datamodules.hdf5 import HDF5DataModule
-    from datamodules.lerobot_files import find_folder, read_folder
-
-    name, is_lerobot = _find_data(dataset_repo_id)
-    if not is_lerobot:
-        return dict(HDF5DataModule(name).source.episode_lengths)
-    entries = read_folder(find_folder(name), name).episodes
-    return {number: entry.length for number, entry in entries.items()}
-
-
 def choose_episodes(given: Sequence[int | str] | None, available: Sequence[int]) -> list[int]:
     """Resolve ``--episode_idx``: numbers in the order given, ``all``, or the first when None.
 
@@ -200,85 +182,3 @@ def choose_episodes(given: Sequence[int | str] | None, available: Sequence[int])
             f"{numbers[0]} to {numbers[-1]}"
         )
     return chosen
-
-
-@dataclass(frozen=True)
-class DataShape:
-    """What decides how demonstrations are read for a policy that is not there yet."""
-
-    data_schema: DataSchema
-    chunk_size: int
-    n_obs_steps: int = 1
-
-
-def open_demonstrations(
-    dataset_repo_id: str,
-    view: PolicyView | DataShape,
-    episodes: Sequence[int] | None = None,
-    progress: bool = True,
-) -> "DemonstrationDataModule":
-    """Describe a data set as a policy sees it; ``setup()`` then reads the frames.
-
-    Pictures are resized to the policy's size, and batches get its history and chunk length.
-
-    Args:
-        dataset_repo_id: HDF5 file, folder of them, LeRobot folder, or hub id.
-        view: The policy, or what it reads.
-        episodes: Numbers of the episodes to read; all when None.
-        progress: Show a bar while frames are read.
-
-    Raises:
-        ValueError: If the data lack something that the policy reads, naming it.
-    """
-    from datamodules.hdf5 import HDF5DataModule
-    from datamodules.lerobot import LeRobotDataModule
-
-    schema = view.data_schema
-    sizes = set(schema.cameras.values())
-    arguments = {
-        "chunk_size": view.chunk_size,
-        "n_obs_steps": view.n_obs_steps,
-        "val_fraction": 0.0,
-        "episodes": None if episodes is None else sorted(set(episodes)),
-        "image_size": next(iter(sizes)) if len(sizes) == 1 else None,
-        "progress": progress,
-    }
-    name, is_lerobot = _find_data(dataset_repo_id)
-    if is_lerobot:
-        data = LeRobotDataModule(
-            name,
-            camera_names=list(schema.cameras),
-            use_environment_state=bool(schema.environment_state_dim),
-            **arguments,
-        )
-    else:
-        data = HDF5DataModule(name, **arguments)
-    differences = schema.differences(data.data_schema)
-    if differences:
-        raise ValueError(
-            f"--dataset_repo_id {dataset_repo_id} does not fit the policy: {'; '.join(differences)}"
-            " (policy != data)"
-        )
-    if episodes is not None:
-        # What was asked for is read, also what the data set itself keeps from training.
-        data.split = {"by": "command", "train": arguments["episodes"], "val": []}
-    return data
-
-
-def _find_data(dataset_repo_id: str) -> tuple[str, bool]:
-    """The path or hub id as data modules take it, and whether it is a LeRobotDataset.
-
-    Raises:
-        ValueError: If nothing is there.
-    """
-    from datamodules import lerobot_files
-
-    path = Path(dataset_repo_id).expanduser()
-    if path.exists():
-        return str(path), (path / lerobot_files.INFO).is_file()
-    if lerobot_files.is_hub_id(dataset_repo_id):
-        return dataset_repo_id, True
-    raise ValueError(
-        f"--dataset_repo_id {dataset_repo_id}: no such file or folder, and no hub id of the form "
-        "user/name"
-    )

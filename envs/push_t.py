@@ -20,6 +20,9 @@ from jaxtyping import Bool, Float, UInt8
 from envs.task import EnvironmentObservation, PoseParameter, Task, Transition
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from features.concepts import Concepts
     from policies.interface import DataSchema
 
 BOARD_PX = 512
@@ -403,3 +406,20 @@ class PushTTask(Task):
     def make(self) -> PushT:
         """Build one board."""
         return PushT(self.image_size)
+
+    def concepts(
+        self, simulator_states: "Tensor", episode_index: "Tensor", frame_index: "Tensor"
+    ) -> "Concepts":
+        """Describe frames in words: :func:`envs.concepts.push_t_concepts`.
+
+        Args:
+            simulator_states: [frame, 5], episode by episode in the order of time.
+            episode_index: Number of each frame's episode, [frame].
+            frame_index: Its step there, [frame].
+
+        Raises:
+            ValueError: If the states are not PushT's, or frames are not in order.
+        """
+        from envs.concepts import push_t_concepts
+
+        return push_t_concepts(simulator_states, episode_index, frame_index, self.fps)

@@ -1,0 +1,398 @@
+"""``analyze.py features describe``: what features mean, and what they do to the action."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from commands import feature_inputs
+from commands.feature_inputs import Subject
+
+if TYPE_CHECKING:
+    from features.bases import BasisScore
+    from features.describe import FeatureDescriptions
+    from features.effects import FeatureEffects
+    from features.record import FeatureRecord
+
+TRAIN_FOLDER, HELD_OUT_FOLDER = "record_train", "record_held_out"
+STRIP_FILE, CONCEPTS_FILE, DENSITY_FILE = "strip.png", "concepts.png", "density.png"
+N_CHART_FEATURES = 24
+N_NEURON_FRAMES = 6000
+"""Frames on which other bases compete, at most: neurons are dense."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's own options."""
+    feature_inputs.add_arguments(parser)
+    for name, default, text in (
+        ("n_train_episodes", 100, "training episodes on which features are matched to concepts"),
+        ("n_val_episodes", 100, "held-out episodes on which everything is measured"),
+        ("n_permutations", 200, "chance pairings of episodes as a yardstick; 0 for none"),
+        ("n_effect_frames", 512, "held-out frames on which features are ablated and doubled"),
+        ("n_behaviour_frames", 1024, "held-out frames on which the policy acts on reconstructions"),
+        ("n_features_shown", 16, "features in the picture"),
+        ("seed", 0, "of the pairings and of a random autoencoder"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    parser.add_argument(
+        "--queries",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="K",
+        help="chunk steps whose actions effects are measured on (default: 0)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Record, describe, measure effects, draw and write; print what was found.
+
+    Raises:
+        ValueError: For anything wrong with the arguments, the policy, the autoencoder or the data.
+    """
+    from rich.console import Console
+
+    from callbacks.feature_findings import quality_of
+    from datamodules.progress import progress_bar
+    from features.describe import SUMMARY_FILE, TABLE_FILE, describe, write_descriptions
+    from features.record import write_record
+
+    _check(arguments)
+    folder = feature_inputs.output_folder(arguments, (SUMMARY_FILE, TABLE_FILE, STRIP_FILE))
+    subject = feature_inputs.open_subject(arguments)
+    train = feature_inputs.some(subject.split["train"], arguments.n_train_episodes)
+    held_out = feature_inputs.some(subject.split["val"], arguments.n_val_episodes)
+    subject.load([*train, *held_out])
+    folder.mkdir(parents=True, exist_ok=True)
+    task = feature_inputs.task_of(arguments, subject.view)
+    records = {
+        "train": subject.record(train, "Recording training episodes"),
+        "held_out": subject.record(held_out, "Recording held-out episodes"),
+    }
+    concepts = {name: subject.concepts(record, task) for name, record in records.items()}
+    with progress_bar("Describing features", 2 * subject.sae.n_latents, True) as advance:
+        found = describe(
+            records["train"],
+            records["held_out"],
+            concepts["train"],
+            concepts["held_out"],
+            subject.data.demonstrations.fps or 10.0,
+            places=_places(concepts["held_out"].names),
+            n_permutations=arguments.n_permutations,
+            seed=arguments.seed,
+            advance=advance,
+        )
+    console = Console(highlight=False)
+    with console.status("Ablating and doubling features"):
+        behaviour, effects = _causes(subject, held_out, found.latents.tolist(), arguments)
+    with console.status("Comparing with neurons, principal directions and a random autoencoder"):
+        bases = _bases(subject, train, held_out, arguments)
+    few = feature_inputs.some(held_out, 20)
+    quality = quality_of(subject.sae, _activations(subject, few))
+    more = {
+        "split": subject.split_note,
+        "episodes": {"train": train, "held_out": held_out},
+        "fidelity": {**quality.scalars(), "n_episodes": len(few)},
+        "behaviour": behaviour,
+        "effects": _effect_numbers(effects),
+        "bases": [_score(score) for score in bases],
+    }
+    write_record(folder / TRAIN_FOLDER, records["train"])
+    write_record(folder / HELD_OUT_FOLDER, records["held_out"])
+    _draw(folder, subject, records["held_out"], found, effects, quality.density, arguments)
+    columns = _effect_columns(effects)
+    write_descriptions(folder, found, columns, more)
+    _print(console, found.summary(), more, bases)
+    console.print(f"written to {folder}", soft_wrap=True)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything long starts."""
+    for name, least in (
+        ("n_train_episodes", 2),
+        ("n_val_episodes", 2),
+        ("n_permutations", 0),
+        ("n_effect_frames", 1),
+        ("n_behaviour_frames", 1),
+        ("n_features_shown", 1),
+        ("seed", 0),
+    ):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name} {getattr(arguments, name)}: give at least {least}")
+
+
+def _places(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Objects whose place on the board is known: ``<object>_x_px`` and ``<object>_y_px``."""
+    objects = [name.removesuffix("_x_px") for name in names if name.endswith("_x_px")]
+    pairs = {name: (f"{name}_x_px", f"{name}_y_px") for name in objects}
+    return {name: pair for name, pair in pairs.items() if pair[1] in names}
+
+
+def _causes(
+    subject: Subject, episodes: Sequence[int], latents: list[int], arguments: argparse.Namespace
+) -> "tuple[dict[str, Any] | None, FeatureEffects | None]":
+    """What reconstruction, and each feature, does to the action; None where it has no way back."""
+    from features.effects import FeatureProbe, behaviour_recovered, feature_effects
+    from features.splice import WholeFrames
+
+    data = subject.data
+    if data.token_sampler.method not in ("all",) and data.per == "frame":
+        return None, None
+    few = feature_inputs.some(episodes, 20)
+    mean = _activations(subject, few).flatten(0, 1).mean(0)
+    reconstruct = subject.sae
+    if data.per == "frame":
+        reconstruct = WholeFrames(subject.sae)
+        mean = mean.unflatten(0, (-1, data.tap.dim))
+    batch = subject.batch(episodes, arguments.n_behaviour_frames)
+    recovered = behaviour_recovered(subject.view, subject.layer, reconstruct, mean, batch)
+    behaviour = {
+        name: {"value": each.value, "low": each.low, "high": each.high}
+        for name, each in recovered.summary().items()
+    }
+    if data.per == "frame" or data.token_sampler.method == "block_average":
+        return behaviour, None
+    probe = FeatureProbe(
+        subject.view,
+        subject.layer,
+        subject.sae,
+        subject.batch(episodes, arguments.n_effect_frames).observation,
+        latents,
+        arguments.queries,
+    )
+    return behaviour, feature_effects(probe, n_frames_per_latent=16)
+
+
+def _activations(subject: Subject, episodes: Sequence[int]):
+    """Activations of some episodes as the autoencoder takes them."""
+    import torch
+
+    return torch.cat([activations for activations, _, _ in subject.vectors(episodes)])
+
+
+def _effect_numbers(effects: "FeatureEffects | None") -> dict[str, Any] | None:
+    """What can be said of all features' effects together."""
+    if effects is None:
+        return None
+    is_live = effects.n_frames > 0
+    px = effects.magnitude_px[is_live].amax(-1)
+    return {
+        "queries": list(effects.queries),
+        "n_live": int(is_live.sum()),
+        "zero_effect_rate_ablated": effects.zero_effect_rate(0.0),
+        "zero_effect_rate_doubled": effects.zero_effect_rate(2.0),
+        "median_ablated_px": float(px[:, 0].median()),
+        "max_ablated_px": float(px[:, 0].max()),
+        "median_doubled_px": float(px[:, 1].median()),
+        "max_doubled_px": float(px[:, 1].max()),
+    }
+
+
+def _effect_columns(effects: "FeatureEffects | None") -> dict[str, list[Any]]:
+    """Columns of the table of features, for the first of the chunk steps."""
+    if effects is None:
+        return {}
+    columns: dict[str, list[Any]] = {"n_effect_frames": effects.n_frames.tolist()}
+    for place, name in enumerate(("ablated", "doubled")):
+        columns[f"{name}_px"] = _plain(effects.magnitude_px[:, place, 0])
+        columns[f"{name}_consistency"] = _plain(effects.consistency[:, place, 0])
+        columns[f"{name}_arrow_px"] = [
+            None if any(value != value for value in arrow) else arrow
+            for arrow in effects.mean_px[:, place, 0].tolist()
+        ]
+    return columns
+
+
+def _plain(values: Any) -> list[float | None]:
+    return [value if value == value else None for value in values.tolist()]
+
+
+def _bases(
+    subject: Subject,
+    train: Sequence[int],
+    held_out: Sequence[int],
+    arguments: argparse.Namespace,
+) -> "Sequence[BasisScore]":
+    """Do features tell concepts better than neurons, principal directions, an untrained SAE?"""
+    import torch
+    from einops import rearrange
+
+    from autoencoders.sae import build_autoencoder
+    from features.bases import compare_bases, principal_directions, signed_units
+    from features.record import record_features
+
+    task = feature_inputs.task_of(arguments, subject.view)
+    longest = max(subject.lengths[number] for number in (*train, *held_out))
+    n_episodes = max(2, N_NEURON_FRAMES // longest)
+    sides = []
+    for episodes in (train, held_out):
+        chosen = feature_inputs.some(episodes, n_episodes)
+        parts = list(subject.vectors(chosen))
+        record = record_features(subject.sae, parts, subject.positions)
+        sides.append((parts, record, subject.concepts(record, task)))
+    read = [torch.cat([activations for activations, _, _ in parts]) for parts, _, _ in sides]
+    vectors = rearrange(read[0], "frame token dim -> (frame token) dim")
+    directions = principal_directions(vectors)
+    with torch.random.fork_rng():
+        torch.manual_seed(arguments.seed)
+        untrained = build_autoencoder(subject.sae.architecture, **subject.sae.hyper_parameters)
+    untrained.to(subject.device).initialise(vectors)
+    untrained.calibrate([vectors])
+    at_random = [record_features(untrained, parts, subject.positions) for parts, _, _ in sides]
+    live = sides[0][1].latent.unique().tolist()
+    bases = {
+        "features": tuple(record.frames_by_latents(live) for _, record, _ in sides),
+        "neurons": tuple(signed_units(each).cpu() for each in read),
+        "principal directions": tuple(signed_units(each @ directions.T).cpu() for each in read),
+        "untrained autoencoder": tuple(record.frames_by_latents() for record in at_random),
+    }
+    return compare_bases(bases, sides[0][2], sides[1][2])
+
+
+def _score(score: "BasisScore") -> dict[str, Any]:
+    """One score in plain values."""
+    from dataclasses import asdict
+
+    values = asdict(score)
+    return {
+        name: None if isinstance(value, float) and value != value else value
+        for name, value in values.items()
+    }
+
+
+# Pictures
+
+
+def _draw(
+    folder: Path,
+    subject: Subject,
+    record: "FeatureRecord",
+    found: "FeatureDescriptions",
+    effects: "FeatureEffects | None",
+    density: Any,
+    arguments: argparse.Namespace,
+) -> None:
+    """Draw features on their frames, what they tell, and how they share the work."""
+    from autoencoders.metrics import density_histogram
+    from callbacks.feature_findings import draw_features
+    from rendering.charts import density_chart, strength_chart
+    from rendering.picture import write_png
+
+    titles = _titles(found, effects)
+    strip = draw_features(
+        record,
+        subject.data.demonstrations,
+        subject.view,
+        titles,
+        arguments.n_features_shown,
+        "Each row: the held-out frames where a feature is strongest, with its activation; colours "
+        "from 0 to the row's largest. Concepts: chosen on training episodes, measured on these.",
+    )
+    if strip is not None:
+        write_png(folder / STRIP_FILE, strip)
+    edges, counts = density_histogram(density)
+    write_png(folder / DENSITY_FILE, density_chart(edges, counts))
+    shown = list(titles)[:N_CHART_FEATURES]
+    if not shown:
+        return
+    place = {latent: row for row, latent in enumerate(found.latents.tolist())}
+    associations = found.held_out_associations
+    scale = np.array([2.0 if binary else 1.0 for binary in associations.is_binary])
+    strengths = associations.deviation[[place[latent] for latent in shown]].numpy() * scale
+    chart = strength_chart(
+        strengths,
+        [f"feature {latent}" for latent in shown],
+        list(associations.names),
+        "held out: |r| of continuous, |2 AUROC - 1| of binary concepts",
+    )
+    write_png(folder / CONCEPTS_FILE, chart)
+
+
+def _titles(found: "FeatureDescriptions", effects: "FeatureEffects | None") -> dict[int, str]:
+    """The features that tell concepts best on held-out frames, and in which words.
+
+    The best feature of every concept comes first, as training frames chose it.
+    """
+    train, held_out = found.train_associations, found.held_out_associations
+    latents = found.latents.tolist()
+    chosen: dict[int, tuple[float, str]] = {}
+    for column, (name, is_binary) in enumerate(zip(train.names, train.is_binary, strict=True)):
+        row = int(train.deviation[:, column].nan_to_num(-1).argmax())
+        value = float(held_out.strength[row, column])
+        size = float(held_out.deviation[row, column]) * (2 if is_binary else 1)
+        if not np.isfinite(value):
+            continue
+        text = f"{name} {'AUROC' if is_binary else 'r'} {value:.2f}"
+        if effects is not None and effects.n_frames[row] > 0:
+            text += f"; ablated {float(effects.magnitude_px[row, 0, 0]):.1f} px"
+        if size > chosen.get(latents[row], (0.0, ""))[0]:
+            chosen[latents[row]] = (size, text)
+    ordered = sorted(chosen, key=lambda latent: -chosen[latent][0])
+    return {latent: chosen[latent][1] for latent in ordered}
+
+
+# The table on the screen
+
+
+def _print(
+    console: Any, summary: Mapping[str, Any], more: Mapping[str, Any], bases: Sequence[Any]
+) -> None:
+    """Print what was found: fidelity, behaviour, and the best feature of every concept."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    fidelity, behaviour, effects = more["fidelity"], more["behaviour"], more["effects"]
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    say(
+        f"{summary['n_live']} of {summary['n_latents']} features fire; FVU {fidelity['fvu']:.4f}, "
+        f"L0 {fidelity['l0']:.1f} on held-out episodes"
+    )
+    if behaviour is not None:
+        score, moved = behaviour["action_score"], behaviour["sae_px"]
+        say(
+            f"acting on reconstructions moves actions by {moved['value']:.2f} px; action score "
+            f"{score['value']:.4f} [{score['low']:.4f}, {score['high']:.4f}]"
+        )
+    if effects is not None:
+        say(
+            f"ablating a feature moves the action by {effects['median_ablated_px']:.2f} px in the "
+            f"median, {effects['max_ablated_px']:.1f} px at most; "
+            f"{effects['zero_effect_rate_ablated']:.0%} move it by less than 1 px"
+        )
+    general = summary["general"]
+    if general["share"] is not None:
+        say(f"{general['share']:.0%} of the features are general: {general['rule']}")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("concept")
+    for name in ("best feature", "held out", "p", "best neuron", "5 features", "5 neurons"):
+        table.add_column(name, justify="right")
+    scores = {(score.concept, score.basis): score for score in bases}
+
+    def number(value: float | None) -> str:
+        return "" if value is None or value != value else f"{value:.2f}"
+
+    for name, entry in summary["concepts"].items():
+        own, neurons = scores[name, "features"], scores[name, "neurons"]
+        table.add_row(
+            name,
+            str(entry["latent"]),
+            f"{entry['measure']} {number(entry['held_out'])}",
+            "" if entry["p"] is None else f"{entry['p']:.3f}",
+            number(neurons.single),
+            number(own.several),
+            number(neurons.several),
+        )
+    console.print(table)
+    say(
+        "best feature and best neuron: chosen on training, measured on held-out episodes; five "
+        "together: AUROC, or R2 of least squares"
+    )
+    say(f"episodes by {more['split']}")

@@ -1,0 +1,327 @@
+"""``analyze.py features ood``: notice unfamiliar frames from the policy's own activations."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from commands import feature_inputs
+from commands.feature_inputs import Subject
+from commands.inputs import controller_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from envs.perturbations import Perturbation
+    from envs.task import Task
+    from features.ood import DetectionQuality, OODDetector
+    from features.resampling import Estimate
+    from policies.interface import Batch
+
+METRICS_FILE, CHART_FILE, STRIP_FILE = "metrics.json", "detection.png", "perturbations.png"
+DETECTOR_FOLDER = "detector"
+N_STRIP_FRAMES = 4
+FRAMES_AT_ONCE = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's own options."""
+    feature_inputs.add_arguments(parser)
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.05,
+        metavar="A",
+        help="false-alarm rate to promise; needs 1 / A - 1 calibration episodes (default: 0.05)",
+    )
+    parser.add_argument(
+        "--n_train_episodes",
+        type=int,
+        default=100,
+        metavar="N",
+        help="training episodes that scores are fitted to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--n_val_episodes",
+        type=int,
+        default=50,
+        metavar="N",
+        help="held-out episodes, shown as they are and perturbed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--n_rollouts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="episodes of --task in which it is asked whether early scores foretell a failure",
+    )
+    parser.add_argument(
+        "--first_seed",
+        type=int,
+        default=100_000,
+        metavar="SEED",
+        help="rollout i starts from seed SEED + i (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fit, calibrate, perturb, measure, draw and write; print a table.
+
+    Raises:
+        ValueError: For anything wrong with the arguments, the policy, the autoencoder or the data.
+    """
+    import torch
+    from rich.console import Console
+
+    from callbacks.run_folder import write_atomically
+    from features.ood import fit_detector, save_detector
+
+    for name, least in (
+        ("n_train_episodes", 1),
+        ("n_val_episodes", 2),
+        ("n_rollouts", 0),
+        ("first_seed", 0),
+    ):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name} {getattr(arguments, name)}: give at least {least}")
+    folder = feature_inputs.output_folder(arguments, (METRICS_FILE, DETECTOR_FOLDER))
+    subject = feature_inputs.open_subject(arguments)
+    subject.require_tokens("scoring frames while the policy acts")
+    if subject.data.token_sampler.method != "all":
+        raise ValueError(
+            "scores are of all tokens of a frame, as the policy acts on them: give an autoencoder "
+            "with token_sampling: all"
+        )
+    task = feature_inputs.task_of(arguments, subject.view)
+    if arguments.n_rollouts and task is None:
+        raise ValueError(f"--task {arguments.task}: does not show what the policy sees")
+    split = subject.split
+    n_needed = round(1 / arguments.alpha - 1) if 0 < arguments.alpha < 1 else 0
+    if not n_needed or len(split["calibration"]) < n_needed:
+        raise ValueError(
+            f"--alpha {arguments.alpha}: the split has {len(split['calibration'])} calibration "
+            "episodes, which can promise "
+            f"{1 / (len(split['calibration']) + 1):.3f} and more; give such a rate below 1"
+        )
+    train = feature_inputs.some(split["train"], arguments.n_train_episodes)
+    val = feature_inputs.some(split["val"], arguments.n_val_episodes)
+    subject.load([*train, *split["calibration"], *val])
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False)
+    with console.status("Fitting and calibrating"):
+        training, _ = _read(subject, train)
+        calibration, episodes = _read(subject, split["calibration"])
+        detector = fit_detector(
+            subject.layer, subject.sae, training, calibration, episodes, arguments.alpha
+        )
+        save_detector(detector, folder / DETECTOR_FOLDER)
+    batch = subject.batch(val, sum(subject.lengths[number] for number in val))
+    with console.status("Perturbing held-out episodes"):
+        qualities, shown = _perturb(subject, detector, batch, task)
+    document: dict[str, Any] = {
+        **subject.metadata,
+        "alpha": arguments.alpha,
+        "episodes": {"train": train, "calibration": split["calibration"], "val": val},
+        "detection": {
+            name: {score: asdict(quality) for score, quality in found.items()}
+            for name, found in qualities.items()
+        },
+    }
+    if arguments.n_rollouts:
+        assert task is not None
+        document["failure_forecast"] = _forecast(subject, detector, task, arguments)
+    _draw(folder, qualities, shown)
+    write_atomically(folder / METRICS_FILE, json.dumps(_plain(document), indent=1) + "\n")
+    _print(console, qualities, document, len(torch.unique(batch.episode_index)))
+    console.print(f"written to {folder}", soft_wrap=True)
+    return 0
+
+
+def _read(subject: Subject, episodes: Sequence[int]) -> "tuple[Tensor, Tensor]":
+    """Activations of all frames of some episodes, and whose they are."""
+    import torch
+
+    parts = [(activations, index) for activations, index, _ in subject.vectors(episodes)]
+    return torch.cat([each for each, _ in parts]), torch.cat([index for _, index in parts])
+
+
+def _scores(subject: Subject, detector: "OODDetector", batch: "Batch") -> "Mapping[str, Tensor]":
+    """Scores of some frames, by name."""
+    import torch
+
+    from features.taps import read_activations
+
+    readings = []
+    for start in range(0, len(batch), FRAMES_AT_ONCE):
+        rows = batch.rows(slice(start, start + FRAMES_AT_ONCE))
+        activations = read_activations(subject.view, rows.observation, subject.layer)
+        readings.append(detector.read(activations).scores)
+    return {name: torch.cat([each[name] for each in readings]) for name in readings[0]}
+
+
+def _perturb(
+    subject: Subject, detector: "OODDetector", batch: "Batch", task: "Task | None"
+) -> "tuple[dict[str, dict[str, DetectionQuality]], dict[str, Batch]]":
+    """How well each score tells each kind of perturbed episode from a clean one.
+
+    Returns:
+        Perturbation to score to quality; and some frames as each perturbation shows them.
+    """
+    import torch
+
+    from envs.perturbations import Lighting, Noise, OccludedObject, ShiftedCamera
+    from envs.replay import can_replay
+    from envs.task import Scene
+    from features.ood import detection_quality
+
+    height = min(size[0] for size in subject.view.data_schema.cameras.values())
+    perturbations: list[Perturbation] = [
+        Lighting(gain=0.7),
+        Lighting(gain=0.9),
+        ShiftedCamera(right_px=round(height / 16)),
+        ShiftedCamera(rotation_deg=3.0),
+        Noise(0.05),
+    ]
+    if task is not None and can_replay(task, batch):
+        env = task.make()
+        if isinstance(env, Scene) and "block" in env.objects:
+            perturbations += [OccludedObject(task), OccludedObject(task, mode="patch")]
+        env.close()
+    few = torch.linspace(0, len(batch) - 1, N_STRIP_FRAMES).round().long()
+    shown = {"as it is": batch.rows(few)}
+    clean = _scores(subject, detector, batch)
+    found: dict[str, dict[str, DetectionQuality]] = {}
+    for perturbation in perturbations:
+        changed = perturbation.apply(batch)
+        shown[perturbation.name] = changed.rows(few)
+        scores = _scores(subject, detector, changed)
+        found[perturbation.name] = {
+            name: detection_quality(
+                detector.calibrations[name],
+                clean[name],
+                batch.episode_index,
+                scores[name],
+                batch.episode_index,
+            )
+            for name in clean
+        }
+    return found, shown
+
+
+def _forecast(
+    subject: Subject, detector: "OODDetector", task: "Task", arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Whether the scores of the first quarter of an episode foretell that it fails."""
+    from envs.steering import monitored_rollouts
+    from features.ood import failure_forecast
+
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.n_rollouts)
+    watched = monitored_rollouts(
+        task,
+        subject.view,
+        detector,
+        seeds,
+        controller_for(subject.data.loaded_policy, None, None),
+        subject.device,
+        progress=True,
+    )
+    return {
+        name: asdict(
+            failure_forecast(
+                scores,
+                watched.steps,
+                [episode.n_steps for episode in watched.result.episodes],
+                watched.has_failed,
+                task.max_steps,
+            )
+        )
+        for name, scores in watched.scores.items()
+    }
+
+
+def _draw(
+    folder: Any,
+    qualities: "Mapping[str, Mapping[str, DetectionQuality]]",
+    shown: "Mapping[str, Batch]",
+) -> None:
+    """Draw what perturbed frames look like, and how well each score finds them."""
+    import numpy as np
+
+    from envs.replay import recorded_pictures
+    from rendering.charts import strength_chart
+    from rendering.features import FeatureFrame, FeatureRow, feature_strip
+    from rendering.picture import write_png
+
+    rows = []
+    for name, batch in shown.items():
+        steps = zip(batch.episode_index.tolist(), batch.frame_index.tolist(), strict=True)
+        captions = [f"episode {episode} step {step}" for episode, step in steps]
+        pictures = recorded_pictures(batch.observation)
+        frames = [
+            FeatureFrame(picture, caption)
+            for picture, caption in zip(pictures, captions, strict=True)
+        ]
+        rows.append(FeatureRow(name, frames))
+    write_png(folder / STRIP_FILE, feature_strip(rows, "What perturbed frames look like."))
+    names = list(next(iter(qualities.values())))
+    values = np.array([[found[name].auroc.value for name in names] for found in qualities.values()])
+    chart = strength_chart(
+        values, list(qualities), names, "AUROC of perturbed against clean frames", (0.5, 1.0)
+    )
+    write_png(folder / CHART_FILE, chart)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _print(
+    console: Any,
+    qualities: "Mapping[str, Mapping[str, DetectionQuality]]",
+    document: Mapping[str, Any],
+    n_episodes: int,
+) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    names = list(next(iter(qualities.values())))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"AUROC of frames, {n_episodes} episodes")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for perturbation, found in qualities.items():
+        table.add_row(perturbation, *(_interval(found[name].auroc) for name in names))
+    table.add_section()
+    first = next(iter(qualities.values()))
+    for label, key in (
+        ("false alarms, frames", "frame_false_alarms"),
+        ("false alarms, episodes", "episode_false_alarms"),
+    ):
+        cells = [getattr(first[name], key) for name in names]
+        table.add_row(
+            label, *(f"{each.value:.2f} [{each.low:.2f}, {each.high:.2f}]" for each in cells)
+        )
+    console.print(table)
+    console.print(
+        f"promised: at most {document['alpha']:.0%} of the frames of a new episode on average, and "
+        f"at most {document['alpha']:.0%} of new episodes, raise an alarm",
+        soft_wrap=True,
+    )
+    for name, found in document.get("failure_forecast", {}).items():
+        auroc = found["auroc"]
+        console.print(
+            f"{name} foretells failure at a quarter of the time: AUROC {auroc['value']:.2f} "
+            f"[{auroc['low']:.2f}, {auroc['high']:.2f}], {found['n_failed']} failed of "
+            f"{found['n_failed'] + found['n_succeeded']}",
+            soft_wrap=True,
+        )
+
+
+def _interval(estimate: "Estimate") -> str:
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
