@@ -233,7 +233,7 @@ def _bases(
     for episodes in (train, held_out):
         chosen = feature_inputs.some(episodes, n_episodes)
         parts = list(subject.vectors(chosen))
-        record = record_features(subject.sae, parts, subject.positions)
+        record = record_features(subject.sae, iter(parts), subject.positions)
         sides.append((parts, record, subject.concepts(record, task)))
     read = [torch.cat([activations for activations, _, _ in parts]) for parts, _, _ in sides]
     vectors = rearrange(read[0], "frame token dim -> (frame token) dim")
@@ -243,7 +243,9 @@ def _bases(
         untrained = build_autoencoder(subject.sae.architecture, **subject.sae.hyper_parameters)
     untrained.to(subject.device).initialise(vectors)
     untrained.calibrate([vectors])
-    at_random = [record_features(untrained, parts, subject.positions) for parts, _, _ in sides]
+    at_random = [
+        record_features(untrained, iter(parts), subject.positions) for parts, _, _ in sides
+    ]
     live = sides[0][1].latent.unique().tolist()
     bases = {
         "features": tuple(record.frames_by_latents(live) for _, record, _ in sides),
@@ -371,9 +373,10 @@ def _print(
     if general["share"] is not None:
         say(f"{general['share']:.0%} of the features are general: {general['rule']}")
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("concept")
-    for name in ("best feature", "held out", "p", "best neuron", "5 features", "5 neurons"):
-        table.add_column(name, justify="right")
+    table.add_column("concept", no_wrap=True)
+    columns = ("best\nfeature", "measure", "held\nout", "p", "best\nneuron", "5 fea-\ntures")
+    for name in (*columns, "5 neu-\nrons"):
+        table.add_column(name, justify="right", no_wrap=True)
     scores = {(score.concept, score.basis): score for score in bases}
 
     def number(value: float | None) -> str:
@@ -384,7 +387,8 @@ def _print(
         table.add_row(
             name,
             str(entry["latent"]),
-            f"{entry['measure']} {number(entry['held_out'])}",
+            entry["measure"],
+            number(entry["held_out"]),
             "" if entry["p"] is None else f"{entry['p']:.3f}",
             number(neurons.single),
             number(own.several),

@@ -108,7 +108,9 @@ def run(arguments: argparse.Namespace) -> int:
     val = feature_inputs.some(split["val"], arguments.n_val_episodes)
     subject.load([*train, *split["calibration"], *val])
     folder.mkdir(parents=True, exist_ok=True)
+    # Wide enough that no interval is broken: a terminal wraps lines, a file keeps them.
     console = Console(highlight=False)
+    console = Console(width=max(console.width, 110), highlight=False)
     with console.status("Fitting and calibrating"):
         training, _ = _read(subject, train)
         calibration, episodes = _read(subject, split["calibration"])

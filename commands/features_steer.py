@@ -143,7 +143,9 @@ def run(arguments: argparse.Namespace) -> int:
         episodes = feature_inputs.some(subject.split["val"], 50)
     subject.load(episodes)
     folder.mkdir(parents=True, exist_ok=True)
+    # Wide enough that no interval is broken: a terminal wraps lines, a file keeps them.
     console = Console(highlight=False)
+    console = Console(width=max(console.width, 120), highlight=False)
     with console.status("Turning every feature, one at a time"):
         probe = FeatureProbe(
             subject.view,
@@ -406,9 +408,9 @@ def _print_open_loop(console: Any, found: _OpenLoop) -> None:
 
     effects, controls, doses = found.effects, found.controls, found.doses
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    columns = ["feature", "frames", "ablated px", "random 95 % px", "p", "doubled px"]
-    for name in columns + (["dose cosine", "dose slope", "dose rank"] if doses else []):
-        table.add_column(name, justify="right")
+    columns = ["feature", "frames", "ablated\npx", "random\n95 % px", "p", "doubled\npx"]
+    for name in columns + (["dose\ncosine", "dose\nslope", "dose\nrank"] if doses else []):
+        table.add_column(name, justify="right", no_wrap=True)
     for row, latent in enumerate(controls.latents):
         cells = [
             str(latent),
