@@ -19,6 +19,7 @@ from datamodules.activations import ActivationDataModule
 from features.record import read_record
 from features.taps import read_activations
 
+ROOT = Path(__file__).parents[2]
 N_TOKENS, N_LATENTS, K = 6, 24, 3
 
 
@@ -198,3 +199,24 @@ def test_results_are_not_overwritten_by_accident(inputs, tmp_path, capsys):
     for words, status in (((), 0), ((), 1), (("--overwrite",), 0)):
         assert command("record", inputs, tmp_path, "--episode_idx", 0, *words) == status
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_the_notebook_plots_a_description(inputs, tmp_path, monkeypatch):
+    import matplotlib as mpl
+
+    assert command("describe", inputs, tmp_path, "--n_permutations", 0) == 0
+    monkeypatch.setenv("FEATURES_FOLDER", str(tmp_path))
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    drawn = []
+    monkeypatch.setattr(
+        pyplot, "show", lambda: drawn.append(len(pyplot.gcf().axes[0].get_children()))
+    )
+    notebook = json.loads((ROOT / "examples" / "features.ipynb").read_text())
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    pyplot.close("all")
+    assert len(drawn) == 5
