@@ -1,4 +1,5 @@
 """Files on disk become batches: layouts → scan → frame store → chunks → loaders.
 
-Nothing here normalises, augments or knows a policy; a batch is in the units of the data.
+Nothing here normalises or augments; a batch of demonstrations is in the units of the data. Only
+``activations.py`` knows a policy: its batches are what the policy computes.
 """

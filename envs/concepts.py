@@ -3,15 +3,16 @@
 A task offers concepts by one method; nothing else has to know of them.
 """
 
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from envs.push_t import AGENT_RADIUS_PX, GOAL_POSE, T_BOXES_PX, T_OUTLINE_PX
+from envs.push_t import AGENT_RADIUS_PX, BOARD_PX, GOAL_POSE, T_BOXES_PX, T_OUTLINE_PX
 from features.concepts import Concepts, onsets, seconds_since_last_frame, time_in_episode
 from features.episodes import number_episodes, starts
 
@@ -23,6 +24,8 @@ MOVING_PX_PER_S = 5.0
 """Speed from which the block moves: without a contact it drifts by less than 0.5 px in a step."""
 PUSH_GRACE_S = 0.3
 """A block that still moves this long after a contact is being pushed."""
+BOARD_THIRDS = 3
+"""Cells of the board along each axis, from the upper left: as coarse as the demo's tokens."""
 SIDES = ("bar", "stem", "left", "right")
 """Of the T, as it stands upright in its own frame with the bar on top (y points down)."""
 
@@ -69,7 +72,9 @@ def push_t_concepts(
     centre comes, one of the quadrants between the diagonals of the T's bounding square (120 px, in
     its own frame: along the bar, at the stem's end, and the two sides between);
     ``phase_approach``, before the episode's first contact; ``phase_push``, in contact, or within
-    :data:`PUSH_GRACE_S` after one while the block moves; ``phase_re_approach``, all else.
+    :data:`PUSH_GRACE_S` after one while the block moves; ``phase_re_approach``, all else;
+    ``agent_cell_<row>_<column>`` and ``block_cell_<row>_<column>``: in which ninth of the board the
+    agent's centre and the T's origin are, counted from the upper left.
 
     Args:
         simulator_states: Five numbers a frame, episode by episode in the order of time.
@@ -114,6 +119,11 @@ def push_t_concepts(
     is_recent = was_touched & (since_s <= PUSH_GRACE_S + 5e-4)
     push = contact | (is_recent & (block_speed > MOVING_PX_PER_S))
 
+    cells = {
+        f"{name}_cell_{row}_{column}": cell
+        for name, xy in (("agent", agent), ("block", poses[:, :2]))
+        for (row, column), cell in _board_cells(xy)
+    }
     x, y = in_block_frame[:, 0], in_block_frame[:, 1] - 60.0
     side = torch.stack([-y, y, -x, x], dim=-1).argmax(-1)
     return Concepts.from_columns(
@@ -137,8 +147,19 @@ def push_t_concepts(
             "phase_approach": ~was_touched,
             "phase_push": push,
             "phase_re_approach": was_touched & ~push,
+            **cells,
         },
     )
+
+
+def _board_cells(
+    xy: Float[Tensor, "frame 2"],
+) -> Iterator[tuple[tuple[int, int], Bool[Tensor, " frame"]]]:
+    """Where something is, in thirds of the board: (row, column) and whether it is there."""
+    thirds = (xy * BOARD_THIRDS / BOARD_PX).floor().clamp(0, BOARD_THIRDS - 1)
+    for row in range(BOARD_THIRDS):
+        for column in range(BOARD_THIRDS):
+            yield (row, column), (thirds[:, 1] == row) & (thirds[:, 0] == column)
 
 
 def push_t_coverage(poses: Float[Tensor, "frame 3"]) -> Float[Tensor, " frame"]:

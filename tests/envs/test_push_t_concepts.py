@@ -187,3 +187,18 @@ def test_states_of_another_simulator_are_refused():
         described(np.zeros((3, 4)))
     with pytest.raises(ValueError, match="several pieces"):
         described(np.full((3, 5), 100.0), [0, 1, 0], [0, 0, 1])
+
+
+def test_agent_and_block_are_each_in_exactly_one_ninth_of_the_board():
+    places = torch.tensor([[10.0, 500.0], [256.0, 256.0], [511.0, 0.0], [-5.0, 600.0]])
+    states = torch.cat([places, places.flip(1), torch.zeros(4, 1)], dim=1)
+    found = TASK.concepts(states, torch.zeros(4).long(), torch.arange(4))
+    cells = {
+        name: torch.stack(
+            [found.column(f"{name}_cell_{row}_{column}") for row in range(3) for column in range(3)]
+        )
+        for name in ("agent", "block")
+    }
+    assert cells["agent"].argmax(0).tolist() == [6, 4, 2, 6]
+    assert cells["block"].argmax(0).tolist() == [2, 4, 6, 2]
+    assert all((each.sum(0) == 1).all() for each in cells.values())
