@@ -93,11 +93,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames of the episodes on which features are turned (default: %(default)s)",
     )
     parser.add_argument(
-        "--n_directions",
+        "--control",
+        choices=("directions", "features"),
+        default="directions",
+        help="what each feature is compared with: random directions of the activations' space, or "
+        "the directions of random other features that fire; moved as far on the same tokens",
+    )
+    parser.add_argument(
+        "--n_controls_open",
         type=int,
         default=100,
         metavar="N",
-        help="random directions of equal size that each feature is compared with (default: 100)",
+        help="how many of them (default: %(default)s)",
     )
     parser.add_argument(
         "--queries",
@@ -160,11 +167,11 @@ def run(arguments: argparse.Namespace) -> int:
         "episodes": list(episodes),
         "n_frames": len(probe.activations),
         "queries": list(arguments.queries),
-        "effects": found.numbers,
+        "effects": {**found.numbers, "control": arguments.control},
     }
     _write_table(folder / TABLE_FILE, found)
     _draw_open_loop(folder, found)
-    _print_open_loop(console, found)
+    _print_open_loop(console, found, arguments.control)
     if intervention is not None:
         assert task is not None
         result = _closed_loop(subject, task, probe, intervention, arguments)
@@ -189,7 +196,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("first_seed", 0),
         ("n_features", 1),
         ("n_effect_frames", 1),
-        ("n_directions", 19),
+        ("n_controls_open", 19),
         ("seed", 0),
     ):
         if getattr(arguments, name) < least:
@@ -245,7 +252,7 @@ class _OpenLoop:
             "zero_effect_rate_ablated": effects.zero_effect_rate(0.0),
             "zero_effect_rate_doubled": effects.zero_effect_rate(2.0),
             "n_compared": len(controls.latents),
-            "n_directions": controls.control_px.shape[1],
+            "n_controls": controls.control_px.shape[1],
             "significant_share": controls.significant_share(),
         }
         if self.doses is not None:
@@ -317,8 +324,20 @@ def _open_loop(subject: Subject, probe: "FeatureProbe", arguments: argparse.Name
         arguments.queries,
         probe.activations,
     )
-    directions = random_directions(arguments.n_directions, subject.sae.d_in, arguments.seed)
-    controls = random_direction_effects(few, directions=directions)
+    if arguments.control == "directions":
+        others = random_directions(arguments.n_controls_open, subject.sae.d_in, arguments.seed)
+    else:
+        live = (effects.n_frames > 0).nonzero()[:, 0]
+        live = live[~torch.isin(live, torch.tensor(latents))]
+        if len(live) < arguments.n_controls_open:
+            raise ValueError(
+                f"--n_controls_open {arguments.n_controls_open}: only {len(live)} other features "
+                "fire on these frames; give fewer, or --control directions"
+            )
+        generator = torch.Generator().manual_seed(arguments.seed)
+        picks = torch.randperm(len(live), generator=generator)[: arguments.n_controls_open]
+        others = subject.sae.directions.detach()[live[picks]].cpu()
+    controls = random_direction_effects(few, directions=others)
     foretells = isinstance(subject.view, ACTPolicy) and subject.layer in ("encoder", "decoder")
     return _OpenLoop(effects, controls, dose_response(few) if foretells else None)
 
@@ -402,7 +421,7 @@ def _draw_open_loop(folder: Path, found: _OpenLoop) -> None:
     write_png(folder / DOSES_FILE, chart)
 
 
-def _print_open_loop(console: Any, found: _OpenLoop) -> None:
+def _print_open_loop(console: Any, found: _OpenLoop, control: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -429,8 +448,8 @@ def _print_open_loop(console: Any, found: _OpenLoop) -> None:
     console.print(
         f"{numbers['zero_effect_rate_ablated']:.0%} of {numbers['n_live']} features move the "
         f"action by less than 1 px when ablated; {numbers['significant_share']:.0%} of the "
-        f"{numbers['n_compared']} above exceed the 95 % quantile of "
-        f"{numbers['n_directions']} random directions of equal size",
+        f"{numbers['n_compared']} above, chosen by their effect, exceed the 95 % quantile of "
+        f"{numbers['n_controls']} random {control} of equal size",
         soft_wrap=True,
     )
     if doses is not None:

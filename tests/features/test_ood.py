@@ -162,6 +162,26 @@ def test_what_is_far_away_scores_high(fitted, kind):
     assert same.auroc.low == pytest.approx(0.5)  # paired by episode
 
 
+def test_intervals_of_detection_are_over_episodes():
+    """Episodes of 2 to 400 frames count alike, and intervals are as wide as their number allows."""
+    limits = Calibration(0.05, frame_threshold=0.5, episode_threshold=1.5, n_episodes=40)
+    n = 100
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 400, (n,), generator=generator)
+    index = torch.arange(n).repeat_interleave(lengths)
+    level = (torch.arange(n) < 30).double()
+    found = detection_quality(limits, 0 * level[index], index, level[index], index)
+    assert found.frame_detections.value == pytest.approx(0.3)
+    half = 1.96 * (0.3 * 0.7 / n) ** 0.5
+    width = found.frame_detections.high - found.frame_detections.low
+    assert width / 2 == pytest.approx(half, rel=0.15)
+    assert found.frame_false_alarms.value == found.frame_false_alarms.high == 0
+    assert found.episode_detections.value == 0
+    assert found.episode_auroc.value == pytest.approx(0.65)
+    width = found.episode_auroc.high - found.episode_auroc.low
+    assert width / 2 == pytest.approx(half / 2, rel=0.15)
+
+
 def test_the_monitor_costs_no_prediction_and_changes_none(policy, fitted):
     detector, _, observation, x = fitted
     calls = []
