@@ -1,7 +1,7 @@
 """What the commands on features are given: a policy, its autoencoder, and demonstrations."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,6 +266,21 @@ def _split(
         "calibration": sorted(order[:n_each]),
         "val": sorted(order[n_each : 2 * n_each]),
     }, "episodes drawn at random: neither policy nor autoencoder says what it was trained on"
+
+
+def check_at_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """Refuse numbers that are too small, before anything long starts.
+
+    Args:
+        arguments: Of the command.
+        least: Option to its smallest value.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    for name, smallest in least.items():
+        if getattr(arguments, name) < smallest:
+            raise ValueError(f"--{name} {getattr(arguments, name)}: give at least {smallest}")
 
 
 def some(episodes: Sequence[int], n_wanted: int) -> list[int]:

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 TRAIN_FOLDER, HELD_OUT_FOLDER = "record_train", "record_held_out"
 STRIP_FILE, CONCEPTS_FILE, DENSITY_FILE = "strip.png", "concepts.png", "density.png"
+LEAST = {
+    "n_train_episodes": 2,
+    "n_val_episodes": 2,
+    "n_permutations": 0,
+    "n_effect_frames": 1,
+    "n_behaviour_frames": 1,
+    "n_features_shown": 1,
+    "seed": 0,
+}
+"""Smallest values of options."""
 N_CHART_FEATURES = 24
 N_NEURON_FRAMES = 6000
 """Frames on which other bases compete, at most: neurons are dense."""
@@ -61,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from features.describe import SUMMARY_FILE, TABLE_FILE, describe, write_descriptions
     from features.record import write_record
 
-    _check(arguments)
+    feature_inputs.check_at_least(arguments, LEAST)
     folder = feature_inputs.output_folder(arguments, (SUMMARY_FILE, TABLE_FILE, STRIP_FILE))
     subject = feature_inputs.open_subject(arguments)
     train = feature_inputs.some(subject.split["train"], arguments.n_train_episodes)
@@ -94,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     few = feature_inputs.some(held_out, 20)
     quality = quality_of(subject.sae, _activations(subject, few))
     more = {
+        "telling": _telling(found),
         "split": subject.split_note,
         "episodes": {"train": train, "held_out": held_out},
         "fidelity": {**quality.scalars(), "n_episodes": len(few)},
@@ -109,21 +120,6 @@ def run(arguments: argparse.Namespace) -> int:
     _print(console, found.summary(), more, bases)
     console.print(f"written to {folder}", soft_wrap=True)
     return 0
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything long starts."""
-    for name, least in (
-        ("n_train_episodes", 2),
-        ("n_val_episodes", 2),
-        ("n_permutations", 0),
-        ("n_effect_frames", 1),
-        ("n_behaviour_frames", 1),
-        ("n_features_shown", 1),
-        ("seed", 0),
-    ):
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: give at least {least}")
 
 
 def _places(names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -256,6 +252,21 @@ def _bases(
     return compare_bases(bases, sides[0][2], sides[1][2])
 
 
+def _telling(found: "FeatureDescriptions") -> dict[str, list[int]]:
+    """Features whose best concept, chosen on training frames, holds on held-out frames.
+
+    An AUROC of at least 0.9 (above, or below 0.1, where the feature stands for the opposite) of a
+    binary concept, |r| of at least 0.7 of a continuous one, and p <= 0.05 where it is known.
+    """
+    telling = {}
+    for name, is_binary, least in (("binary", True, 0.4), ("continuous", False, 0.7)):
+        best = found.best(is_binary)
+        far = (best.held_out - (0.5 if is_binary else 0.0)).abs() >= least
+        by_chance = best.p > 0.05
+        telling[name] = found.latents[far & ~by_chance].tolist()
+    return telling
+
+
 def _score(score: "BasisScore") -> dict[str, Any]:
     """One score in plain values."""
     from dataclasses import asdict
@@ -369,6 +380,11 @@ def _print(
             f"median, {effects['max_ablated_px']:.1f} px at most; "
             f"{effects['zero_effect_rate_ablated']:.0%} move it by less than 1 px"
         )
+    binary, continuous = (len(more["telling"][kind]) for kind in ("binary", "continuous"))
+    say(
+        f"on held-out episodes {binary} features tell a binary concept with an AUROC of at least "
+        f"0.9, {continuous} a continuous one with |r| of at least 0.7"
+    )
     general = summary["general"]
     if general["share"] is not None:
         say(f"{general['share']:.0%} of the features are general: {general['rule']}")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 METRICS_FILE, CHART_FILE, STRIP_FILE = "metrics.json", "detection.png", "perturbations.png"
 DETECTOR_FOLDER = "detector"
+LEAST = {"n_train_episodes": 1, "n_val_episodes": 2, "n_rollouts": 0, "first_seed": 0}
+"""Smallest values of options."""
 N_STRIP_FRAMES = 4
 FRAMES_AT_ONCE = 256
 
@@ -77,14 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from callbacks.run_folder import write_atomically
     from features.ood import fit_detector, save_detector
 
-    for name, least in (
-        ("n_train_episodes", 1),
-        ("n_val_episodes", 2),
-        ("n_rollouts", 0),
-        ("first_seed", 0),
-    ):
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: give at least {least}")
+    feature_inputs.check_at_least(arguments, LEAST)
     folder = feature_inputs.output_folder(arguments, (METRICS_FILE, DETECTOR_FOLDER))
     subject = feature_inputs.open_subject(arguments)
     subject.require_tokens("scoring frames while the policy acts")

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 METRICS_FILE, TABLE_FILE = "metrics.json", "effects.parquet"
 ARROWS_FILE, DOSES_FILE = "arrows.png", "doses.png"
 ROLLOUTS_FILE, VIDEO_FILE = "rollouts.png", "rollouts.mp4"
+LEAST = {
+    "n_rollouts": 1,
+    "n_controls": 0,
+    "first_seed": 0,
+    "n_features": 1,
+    "n_effect_frames": 1,
+    "n_controls_open": 19,
+    "seed": 0,
+}
+"""Smallest values of options."""
 N_CHART_FEATURES = 8
 SHOWN = ("success", "max_", "path_", "net_", "action_change")
 """Beginnings of the quantities of rollouts that the printed table shows."""
@@ -190,17 +200,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot work before anything long starts."""
-    for name, least in (
-        ("n_rollouts", 1),
-        ("n_controls", 0),
-        ("first_seed", 0),
-        ("n_features", 1),
-        ("n_effect_frames", 1),
-        ("n_controls_open", 19),
-        ("seed", 0),
-    ):
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: give at least {least}")
+    feature_inputs.check_at_least(arguments, LEAST)
     if not arguments.latents:
         for name in ("scale", "clamp"):
             if getattr(arguments, name) is not None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from envs.replay import can_replay
 from envs.task import Scene, Task
-from policies.interface import Batch, DataSchema, Observation, PolicyView
+from policies.interface import Batch, Observation, PolicyView, WrappedPolicy
 
 Pictures = Float[Tensor, "picture 3 height width"]
 """In 0..1."""
@@ -240,7 +240,7 @@ class OccludedObject(Perturbation):
         return drawn if is_bytes else (drawn.float() / 255).to(picture.dtype)
 
 
-class PerturbedPolicy:
+class PerturbedPolicy(WrappedPolicy):
     """A policy that sees the world perturbed, while it acts.
 
     Args:
@@ -249,28 +249,8 @@ class PerturbedPolicy:
     """
 
     def __init__(self, view: PolicyView, perturbation: PicturePerturbation) -> None:
-        self.view = view
+        super().__init__(view)
         self.perturbation = perturbation
-
-    @property
-    def data_schema(self) -> DataSchema:
-        """The data the policy was made for."""
-        return self.view.data_schema
-
-    @property
-    def chunk_size(self) -> int:
-        """Steps in a predicted chunk."""
-        return self.view.chunk_size
-
-    @property
-    def n_action_steps(self) -> int:
-        """Steps of a chunk to execute before the next prediction."""
-        return self.view.n_action_steps
-
-    @property
-    def n_obs_steps(self) -> int:
-        """Steps of observation history."""
-        return self.view.n_obs_steps
 
     def predict_chunk(
         self, observation: Observation, queries: Sequence[int] | None = None

@@ -31,7 +31,7 @@ from features.ood import MonitoredPolicy, OODDetector, OODMonitor, OODReading
 from features.resampling import Estimate
 from features.splice import Splicing, splice
 from policies.ensembling import ActionQueue
-from policies.interface import DataSchema, Observation, PolicyView
+from policies.interface import Observation, PolicyView, WrappedPolicy
 
 BASELINE = "baseline"
 """Name of the policy as it is."""
@@ -279,7 +279,7 @@ def monitored_rollouts(
     )
 
 
-class _Noting:
+class _Noting(WrappedPolicy):
     """A policy that notes something for each observation whenever it predicts."""
 
     def __init__(
@@ -287,30 +287,14 @@ class _Noting:
         view: PolicyView,
         note: Callable[[Observation, Tensor, Sequence[int] | None], Float[Tensor, "batch value"]],
     ) -> None:
-        self.view = view
+        super().__init__(view)
         self.note = note
         self.notes: list[Tensor] = []
-
-    @property
-    def data_schema(self) -> DataSchema:
-        return self.view.data_schema
-
-    @property
-    def chunk_size(self) -> int:
-        return self.view.chunk_size
-
-    @property
-    def n_action_steps(self) -> int:
-        return self.view.n_action_steps
-
-    @property
-    def n_obs_steps(self) -> int:
-        return self.view.n_obs_steps
 
     def predict_chunk(
         self, observation: Observation, queries: Sequence[int] | None = None
     ) -> Float[Tensor, "batch query action"]:
-        chunk = self.view.predict_chunk(observation, queries)
+        chunk = super().predict_chunk(observation, queries)
         self.notes.append(self.note(observation, chunk, queries).cpu())
         return chunk
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from autoencoders.sae import SparseAutoencoder
 from features.resampling import Estimate, auroc, interval, resample_counts, wilson_estimate
 from features.taps import ActivationCapture, capture_activations
-from policies.interface import DataSchema, Observation, PolicyView
+from policies.interface import Observation, PolicyView, WrappedPolicy
 from policies.lerobot_format import apply_umask
 
 WEIGHTS_FILE, CONFIG_FILE = "ood.safetensors", "ood.json"
@@ -568,7 +568,7 @@ class OODMonitor:
         return None if activations is None else self.detector.read(activations)
 
 
-class MonitoredPolicy:
+class MonitoredPolicy(WrappedPolicy):
     """A policy that leaves a reading of every prediction, for rollouts within a monitor's context.
 
     Args:
@@ -576,29 +576,10 @@ class MonitoredPolicy:
     """
 
     def __init__(self, monitor: OODMonitor) -> None:
+        super().__init__(monitor.view)
         self.monitor = monitor
         self.readings: list[OODReading] = []
         """Of each prediction so far."""
-
-    @property
-    def data_schema(self) -> DataSchema:
-        """The data the policy was made for."""
-        return self.monitor.view.data_schema
-
-    @property
-    def chunk_size(self) -> int:
-        """Steps in a predicted chunk."""
-        return self.monitor.view.chunk_size
-
-    @property
-    def n_action_steps(self) -> int:
-        """Steps of a chunk to execute before the next prediction."""
-        return self.monitor.view.n_action_steps
-
-    @property
-    def n_obs_steps(self) -> int:
-        """Steps of observation history."""
-        return self.monitor.view.n_obs_steps
 
     def predict_chunk(
         self, observation: Observation, queries: Sequence[int] | None = None
@@ -609,7 +590,7 @@ class MonitoredPolicy:
             observation: What the policy sees, on the policy's device.
             queries: Chunk steps to predict; all when None.
         """
-        chunk = self.monitor.view.predict_chunk(observation, queries)
+        chunk = super().predict_chunk(observation, queries)
         reading = self.monitor.take()
         assert reading is not None
         self.readings.append(reading)

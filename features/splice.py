@@ -20,7 +20,12 @@ from torch import Tensor
 
 from autoencoders.sae import SparseAutoencoder
 from features.taps import edit_activations
-from policies.interface import DataSchema, Observation, PolicyView, SamplingPolicyView
+from policies.interface import (
+    Observation,
+    PolicyView,
+    SamplingPolicyView,
+    WrappedPolicy,
+)
 
 Tokens = Float[Tensor, "batch token dim"]
 Edit = Callable[[Tokens], Tokens]
@@ -183,7 +188,7 @@ def zero_ablation_edit() -> Edit:
     return torch.zeros_like
 
 
-class SplicedPolicy:
+class SplicedPolicy(WrappedPolicy):
     """A policy that predicts with changed activations.
 
     Stateless: hooks are there while it predicts, and only then. Not for several threads at once.
@@ -195,29 +200,9 @@ class SplicedPolicy:
     """
 
     def __init__(self, view: PolicyView, layer: str, edit: Edit) -> None:
-        self.view = view
+        super().__init__(view)
         self.layer = layer
         self.edit = edit
-
-    @property
-    def data_schema(self) -> DataSchema:
-        """The data the policy was made for."""
-        return self.view.data_schema
-
-    @property
-    def chunk_size(self) -> int:
-        """Steps in a predicted chunk."""
-        return self.view.chunk_size
-
-    @property
-    def n_action_steps(self) -> int:
-        """Steps of a chunk to execute before the next prediction."""
-        return self.view.n_action_steps
-
-    @property
-    def n_obs_steps(self) -> int:
-        """Steps of observation history."""
-        return self.view.n_obs_steps
 
     def predict_chunk(
         self, observation: Observation, queries: Sequence[int] | None = None
@@ -229,7 +214,7 @@ class SplicedPolicy:
             queries: Chunk steps to predict; all when None.
         """
         with edit_activations(self.view, self.layer, self.edit):
-            return self.view.predict_chunk(observation, queries)
+            return super().predict_chunk(observation, queries)
 
 
 class SplicedSamplingPolicy(SplicedPolicy):

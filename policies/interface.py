@@ -278,6 +278,48 @@ class SamplingPolicyView(PolicyView, Protocol):
         ...
 
 
+class WrappedPolicy:
+    """What a policy around another policy answers for it; a subclass says how it predicts.
+
+    Args:
+        view: The policy within.
+    """
+
+    def __init__(self, view: PolicyView) -> None:
+        self.view = view
+
+    @property
+    def data_schema(self) -> DataSchema:
+        """The data the policy was made for."""
+        return self.view.data_schema
+
+    @property
+    def chunk_size(self) -> int:
+        """Steps in a predicted chunk."""
+        return self.view.chunk_size
+
+    @property
+    def n_action_steps(self) -> int:
+        """Steps of a chunk to execute before the next prediction."""
+        return self.view.n_action_steps
+
+    @property
+    def n_obs_steps(self) -> int:
+        """Steps of observation history."""
+        return self.view.n_obs_steps
+
+    def predict_chunk(
+        self, observation: Observation, queries: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch query action"]:
+        """Predict actions in data units, as the policy within does.
+
+        Args:
+            observation: What the policy sees, on the policy's device.
+            queries: Chunk steps to predict; all when None.
+        """
+        return self.view.predict_chunk(observation, queries)
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows to sort and filter, e.g. one for each episode, whose cells JSON can say.
