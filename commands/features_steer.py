@@ -190,6 +190,7 @@ def run(arguments: argparse.Namespace) -> int:
             "controls": [control.name for control in result.controls],
             "seeds": list(result.seeds),
             **result.summary(),
+            "share_above_baseline": _shares_above(result),
         }
         _film(folder, task, result)
         _print_closed_loop(console, result)
@@ -501,6 +502,20 @@ def _closed_loop(
         subject.device,
         progress=True,
     )
+
+
+def _shares_above(result: "SteeringResult") -> dict[str, dict[str, Any]]:
+    """In which share of the episodes each quantity exceeds the baseline's, and for the controls."""
+    shares = {}
+    for name in result.baseline.values:
+        steered = result.sign_rate(name, 1)
+        shares[name] = {
+            "steered": steered.value,
+            "low": steered.low,
+            "high": steered.high,
+            "controls": [result.sign_rate(name, 1, control).value for control in result.controls],
+        }
+    return shares
 
 
 def _film(folder: Path, task: "Task", result: "SteeringResult") -> None:
