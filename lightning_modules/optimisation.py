@@ -27,7 +27,7 @@ def build_adamw(
     groups: list[ParameterGroup], weight_decay: float, betas: tuple[float, float]
 ) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019) in its fused implementation, one group per learning rate."""
-    return AdamW(
+    optimizer = AdamW(
         [
             {"params": list(group.parameters), "lr": group.lr, "name": group.name}
             for group in groups
@@ -36,6 +36,18 @@ def build_adamw(
         betas=betas,
         fused=True,
     )
+    return clippable(optimizer)
+
+
+def clippable[Kind: Optimizer](optimizer: Kind) -> Kind:
+    """Let gradients be clipped under mixed precision, too.
+
+    A fused optimiser offers to unscale gradients within its step, after they would be clipped, so
+    that Lightning refuses to clip. Without the offer a scaler unscales them first; bfloat16 has
+    none at all.
+    """
+    optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
+    return optimizer
 
 
 def build_schedule(

@@ -16,7 +16,7 @@ from autoencoders.files import save_autoencoder
 from autoencoders.fit import DECAY_FRACTION, WARMUP_FRACTION, trapezoid
 from autoencoders.metrics import ReconstructionMetrics, ReconstructionQuality
 from autoencoders.sae import ARCHITECTURES, build_autoencoder, default_learning_rate
-from lightning_modules.optimisation import gradient_norm, training_steps
+from lightning_modules.optimisation import clippable, gradient_norm, training_steps
 
 N_INITIAL_VECTORS = 16_384
 """Training vectors that scale, data variance and geometric median are measured on."""
@@ -201,7 +201,8 @@ class SAEModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with warm-up and a linear decay at the end."""
-        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, fused=True)
+        adam = torch.optim.Adam(self.sae.parameters(), lr=self.lr, fused=True)
+        optimizer = clippable(adam)
         hparams = self.hparams
         shape = (
             training_steps(self.trainer),

@@ -66,7 +66,7 @@ def module_for(datamodule, **arguments):
     )
 
 
-def trainer_for(folder, max_steps):
+def trainer_for(folder, max_steps, **settings):
     return Trainer(
         default_root_dir=folder,
         accelerator="cpu",
@@ -78,7 +78,20 @@ def trainer_for(folder, max_steps):
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         plugins=[AtomicCheckpointIO()],
+        **settings,
     )
+
+
+def test_mixed_precision_trains_with_clipped_gradients(path, tmp_path):
+    torch.manual_seed(0)
+    datamodule = data(path)
+    module = module_for(datamodule)
+    before = module.policy.network.action_head.weight.detach().clone()
+    trainer = trainer_for(tmp_path, 2, precision="bf16-mixed", gradient_clip_val=1.0)
+    trainer.fit(module, datamodule)
+    after = module.policy.network.action_head.weight
+    assert after.isfinite().all()
+    assert not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("relative_actions", [False, True])

@@ -151,6 +151,13 @@ def test_every_architecture_trains(architecture, tmp_path):
     assert 0 < float(run.callback_metrics["val/fvu"]) < 1.5
 
 
+def test_mixed_precision_trains_with_clipped_gradients(tmp_path):
+    trained, run = module(), trainer(tmp_path, 60, precision="bf16-mixed")
+    run.fit(trained, Planted())
+    assert trained.sae.W_dec.dtype == torch.float32
+    assert float(run.callback_metrics["val/fvu"]) < 0.9
+
+
 def test_options_reach_the_architecture_and_unknown_ones_are_refused():
     assert module(options={"auxiliary_weight": 0.5}).sae.auxiliary_weight == 0.5
     with pytest.raises(TypeError, match="sparkle"):
