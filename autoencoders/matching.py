@@ -18,7 +18,7 @@ def mean_correlation_coefficient(
     """
     cosines = (F.normalize(found.double(), dim=-1) @ F.normalize(true.double(), dim=-1).T).abs()
     pairs = assign(cosines)
-    return float(cosines[pairs[:, 0], pairs[:, 1]].sum()) / len(true)
+    return float(cosines[pairs[:, 0], pairs[:, 1]].detach().sum()) / len(true)
 
 
 def match(

@@ -33,6 +33,8 @@ from autoencoders.sparse import (
 
 SHORTLIST_SHARE = 0.8
 """Entries above this share of the last batch's smallest kept one are searched for the largest."""
+FIRST_ROWS = 4096
+"""Activations, about, that the first threshold and length of encoder directions are fitted to."""
 DENSE_AUXILIARY_SETS = 4
 """With more dead latents than this many times ``n_auxiliary``, sparse arithmetic is cheaper."""
 MAX_CALIBRATION_ENTRIES = 2**25
@@ -183,6 +185,10 @@ class SparseAutoencoder(nn.Module, ABC):
     def initialise(self, sample: Float[Tensor, "row dim"]) -> None:
         """Fit scale, centre and variance to data, and tie the encoder to the decoder.
 
+        Encoder directions are those of the decoder times one factor, with which the first
+        reconstruction has the least error: overlapping directions would add up to too much, and
+        latents die while that is unlearned.
+
         Args:
             sample: Training activations, some thousands.
 
@@ -205,7 +211,14 @@ class SparseAutoencoder(nn.Module, ABC):
         self.b_enc.zero_()
         self.constrain_weights()
         self.W_enc.copy_(self.W_dec)
-        self.calibrate([sample])
+        some = sample[:: max(len(sample) // FIRST_ROWS, 1)]
+        self._fit_threshold(some)
+        centred = self.centred(some)
+        place, value = self._select_entries(centred)
+        first = self._entries(place, len(centred)).sum_by_bag(value, self.W_dec)
+        factor = (first * centred).sum() / first.square().sum().clamp_min(1e-12)
+        self.W_enc.mul_(factor)
+        self.threshold.mul_(factor)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Float[Tensor, "row dim"]]) -> None:
@@ -227,6 +240,10 @@ class SparseAutoencoder(nn.Module, ABC):
     def constrain_weights(self) -> None:
         """Give the decoder's rows unit length again, after every step of an optimiser."""
         self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
+
+    def _fit_threshold(self, sample: Float[Tensor, "row dim"]) -> None:
+        """Set the threshold of an untrained autoencoder."""
+        self.calibrate([sample])
 
     def centred(self, x: Float[Tensor, "*leading dim"]) -> Float[Tensor, "*leading dim"]:
         """Activations in scaled units, around ``b_dec``."""
@@ -308,7 +325,8 @@ class TopK(SparseAutoencoder):
         auxiliary_weight: float = 1 / 32,
         n_auxiliary: int | None = None,
     ) -> None:
-        _check_k(k, n_latents)
+        if not 1 <= k <= n_latents:
+            raise ValueError(f"k is {k}; it must be between 1 and n_latents = {n_latents}")
         super().__init__(d_in, n_latents, auxiliary_weight, n_auxiliary)
         self.k = k
         self.hyper_parameters["k"] = k
@@ -322,7 +340,7 @@ class TopK(SparseAutoencoder):
         """Share of the variance unexplained, and what the dead could add."""
         centred = self.centred(x)
         fixed = centred.detach()
-        place, value = self._train_entries(fixed)
+        place, value = self._train_entries(fixed, step_fraction)
         entries, value = self._bags(place, value, len(x))
         value = encode_entries(fixed, self.W_enc, self.b_enc, self.b_dec, entries, value)
         parts = decode_entries(value, self.W_dec, entries)
@@ -346,11 +364,11 @@ class TopK(SparseAutoencoder):
     def _select_entries(
         self, centred: Float[Tensor, "row dim"]
     ) -> tuple[Int[Tensor, " active"], Float[Tensor, " active"]]:
-        place, value = self._train_entries(centred)
+        place, value = largest_of_rows(centred, self.W_enc, self.b_enc, self.k)
         return place[value > 0], value[value > 0]
 
     def _train_entries(
-        self, centred: Float[Tensor, "batch dim"]
+        self, centred: Float[Tensor, "batch dim"], step_fraction: float
     ) -> tuple[Int[Tensor, " active"], Float[Tensor, " active"]]:
         """Where codes may be other than 0 in training, ascending, and what."""
         return largest_of_rows(centred, self.W_enc, self.b_enc, self.k)
@@ -369,10 +387,15 @@ class BatchTopK(TopK):
     published, keeps another number of latents than k at inference; the threshold here is an exact
     quantile of held-out data. Calibrate before reading codes.
 
+    Other than published, each activation keeps k of its own in the first part of a training: with a
+    common budget from the start, fewer features of a planted dictionary are found
+    (``benchmarks/sae_recovery.py``).
+
     Args:
         d_in: Dimensions of an activation.
         n_latents: Width of the dictionary.
         k: Active latents of an activation, on average.
+        equal_share: Share of the training in which each activation has exactly k.
         auxiliary_weight: alpha, weight of the loss of dead latents.
         n_auxiliary: Dead latents that explain the error of one vector; half of ``d_in`` when None.
     """
@@ -384,10 +407,13 @@ class BatchTopK(TopK):
         d_in: int,
         n_latents: int,
         k: int = 32,
+        equal_share: float = 0.5,
         auxiliary_weight: float = 1 / 32,
         n_auxiliary: int | None = None,
     ) -> None:
         super().__init__(d_in, n_latents, k, auxiliary_weight, n_auxiliary)
+        self.equal_share = equal_share
+        self.hyper_parameters["equal_share"] = equal_share
         self._cutoff = 0.0
 
     @torch.no_grad()
@@ -418,8 +444,10 @@ class BatchTopK(TopK):
         return SparseAutoencoder._select_entries(self, centred)
 
     def _train_entries(
-        self, centred: Float[Tensor, "batch dim"]
+        self, centred: Float[Tensor, "batch dim"], step_fraction: float
     ) -> tuple[Int[Tensor, " active"], Float[Tensor, " active"]]:
+        if step_fraction < self.equal_share:
+            return super()._train_entries(centred, step_fraction)
         n = self.k * len(centred)
         place, value = largest_of_all(centred, self.W_enc, self.b_enc, n, self._cutoff)
         if not value.is_cuda:
@@ -438,6 +466,7 @@ class MatryoshkaBatchTopK(BatchTopK):
         n_latents: Width of the dictionary.
         k: Active latents of an activation, on average.
         group_fractions: Share of the latents that each prefix adds to the one before.
+        equal_share: Share of the training in which each activation has exactly k.
         auxiliary_weight: alpha, weight of the loss of dead latents.
         n_auxiliary: Dead latents that explain the error of one vector; half of ``d_in`` when None.
     """
@@ -451,10 +480,11 @@ class MatryoshkaBatchTopK(BatchTopK):
         n_latents: int,
         k: int = 32,
         group_fractions: Sequence[float] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32),
+        equal_share: float = 0.5,
         auxiliary_weight: float = 1 / 32,
         n_auxiliary: int | None = None,
     ) -> None:
-        super().__init__(d_in, n_latents, k, auxiliary_weight, n_auxiliary)
+        super().__init__(d_in, n_latents, k, equal_share, auxiliary_weight, n_auxiliary)
         ends = [round(share * n_latents) for share in accumulate(group_fractions)]
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         if not sizes or min(sizes) < 1 or ends[-1] != n_latents:
@@ -510,7 +540,8 @@ class JumpReLU(SparseAutoencoder):
         auxiliary_weight: float = 1 / 32,
         n_auxiliary: int | None = None,
     ) -> None:
-        _check_k(k, n_latents)
+        if k < 1:
+            raise ValueError(f"k is {k}; it must be at least 1")
         super().__init__(d_in, n_latents, auxiliary_weight, n_auxiliary)
         self.k = k
         self.sparsity_weight = sparsity_weight
@@ -523,13 +554,8 @@ class JumpReLU(SparseAutoencoder):
             "warm_up": warm_up,
         }
 
-    @torch.no_grad()
-    def initialise(self, sample: Float[Tensor, "row dim"]) -> None:
-        """As every architecture; thresholds begin where 2 k latents are active.
-
-        Codes thin out while directions form, faster than a step size lets thresholds fall.
-        """
-        super().initialise(sample)
+    def _fit_threshold(self, sample: Float[Tensor, "row dim"]) -> None:
+        # 2 k: codes thin out while directions form, faster than a step size lets thresholds fall.
         self.threshold.fill_(exact_threshold(self, [sample], 2 * self.k))
 
     @torch.no_grad()
@@ -769,13 +795,12 @@ def geometric_median(points: Float[Tensor, "row dim"], n_steps: int = 100) -> Fl
 
 
 def default_learning_rate(n_latents: int) -> float:
-    """Adam's step size for a width: 2e-4 sqrt(2^14 / width) (Gao et al., arXiv:2406.04093)."""
-    return 2e-4 * math.sqrt(2**14 / n_latents)
+    """Adam's step size for a width: 8e-4 sqrt(2^14 / width).
 
-
-def _check_k(k: int, n_latents: int) -> None:
-    if not 1 <= k <= n_latents:
-        raise ValueError(f"k is {k}; it must be between 1 and n_latents = {n_latents}")
+    Four times the rule of Gao et al. (arXiv:2406.04093), which is for billions of activations: in
+    the thousands of steps that a robot's data give, smaller ones do not converge.
+    """
+    return 8e-4 * math.sqrt(2**14 / n_latents)
 
 
 def _weighted_l1(

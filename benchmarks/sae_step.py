@@ -68,7 +68,7 @@ Step = Callable[[Tensor], object]
 class EmptyModule(ModuleType):
     """Stands for a package that a peer imports and does not use here."""
 
-    __path__: list[str] = []  # noqa: RUF012
+    __path__ = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
