@@ -63,6 +63,11 @@ class ReconstructionMetrics:
         self._n_latents = n_latents
         self.reset()
 
+    @property
+    def n_vectors(self) -> int:
+        """Vectors since the last reset."""
+        return self._n
+
     def reset(self) -> None:
         """Forget everything seen."""
         self._n = 0

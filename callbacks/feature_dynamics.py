@@ -2,38 +2,45 @@
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, override
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from autoencoders.files import AUTOENCODER_FOLDER, save_autoencoder
 from autoencoders.fit import fit_autoencoder
 from autoencoders.sae import BatchTopK, SparseAutoencoder
 from callbacks.feature_findings import (
-    concepts_of,
     draw_features,
     find_concepts,
     quality_of,
     read_in_parts,
+    spread_frames,
+    states_of,
 )
 from callbacks.run_folder import write_atomically
 from callbacks.schedule import Diagnostic, undisturbed
 from callbacks.views import policy_view
+from datamodules.base import DemonstrationDataModule
+from envs.concepts import known_concepts
 from envs.task import Task
 from features.effects import behaviour_recovered
 from features.record import record_features
 from features.taps import find_tap
-from policies.interface import Batch, Findings
+from policies.interface import Findings, Table
 from rendering.picture import write_png
 
 PREFIX = "features"
+N_LEAST_EPISODES = 4
+N_MOST_VECTORS = 262_144
+"""Activations that an autoencoder is fitted to, at most: random ones of the training episodes."""
 SAME_FEATURE = 0.7
 """Cosine of directions from which a latent counts as the feature that it was."""
 
@@ -44,6 +51,8 @@ class _Seen:
 
     sae: SparseAutoencoder
     is_live: Bool[Tensor, " latent"]
+    born_at: Int[Tensor, " latent"]
+    """Optimiser step of the checkpoint at which the present feature was first seen."""
 
 
 class FeatureDynamics(Diagnostic):
@@ -115,6 +124,7 @@ class FeatureDynamics(Diagnostic):
         self.n_behaviour_frames = n_behaviour_frames
         self.n_features_shown = n_features_shown
         self._seen: _Seen | None = None
+        self._is_idle = False
         super().__init__(
             every_n_validations=every_n_validations,
             at_start=at_start,
@@ -136,6 +146,7 @@ class FeatureDynamics(Diagnostic):
                 "hyper_parameters": sae.hyper_parameters,
                 "weights": {name: value.cpu() for name, value in sae.state_dict().items()},
                 "is_live": self._kept.is_live,
+                "born_at": self._kept.born_at,
             }
         return state
 
@@ -144,21 +155,18 @@ class FeatureDynamics(Diagnostic):
         if saved := state_dict.get("autoencoder"):
             sae = BatchTopK(**saved["hyper_parameters"])
             sae.load_state_dict(saved["weights"])
-            self._seen = _Seen(sae.eval(), saved["is_live"])
+            self._seen = _Seen(sae.eval(), saved["is_live"], saved["born_at"])
         super().load_state_dict(state_dict)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse data that hold too little out, before anything starts.
-
-        Raises:
-            ValueError: If fewer than four episodes are held out.
-        """
+        """Say before anything starts if the data hold too little out to look at features."""
         super().setup(trainer, pl_module, stage)
-        if len(_split(trainer)["val"]) < 4:
-            raise ValueError(
-                "features need four held-out episodes, for the threshold, to choose and to "
-                "measure: raise --data.init_args.val_fraction"
+        self._is_idle = len(_split(trainer)["val"]) < N_LEAST_EPISODES
+        if self._is_idle:
+            rank_zero_warn(
+                f"features are left out: they take {N_LEAST_EPISODES} held-out episodes, for the "
+                "threshold, to choose and to measure; raise --data.init_args.val_fraction"
             )
 
     @override
@@ -175,6 +183,8 @@ class FeatureDynamics(Diagnostic):
     @override
     def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
         """Fit, measure, compare with the last checkpoint, and draw."""
+        if self._is_idle:
+            return Findings()
         view, device = policy_view(module), module.device
         split, data = _split(trainer), trainer.datamodule  # pyright: ignore
         held_out = _spread(split["val"], self.n_val_episodes)
@@ -184,33 +194,31 @@ class FeatureDynamics(Diagnostic):
                 yield read_in_parts(view, self.layer, data.episode(number), device)
 
         train = _spread(split["train"], self.n_train_episodes)
-        vectors = torch.cat([_flat(each) for each in activations(train)])
+        n_each = N_MOST_VECTORS // len(train)
+        vectors = torch.cat([_some(_flat(each), n_each) for each in activations(train)])
         sae = self._fitted(vectors)
-        sae.calibrate(_flat(each) for each in activations(held_out[::2]))
+        n_each = N_MOST_VECTORS // len(held_out)
+        sae.calibrate(_some(_flat(each), n_each) for each in activations(held_out[::2]))
 
-        batch = Batch.concatenate([data.episode(number) for number in held_out[1::2]])
-        read = read_in_parts(view, self.layer, batch, device)
+        measured = held_out[1::2]
+        read = torch.cat(list(activations(measured)))
+        index = _index(data, measured)
         metadata = {"layer": self.layer, "step": trainer.global_step}
-        record = record_features(
-            sae,
-            [(read, batch.episode_index, batch.frame_index)],
-            find_tap(view, self.layer).positions,
-            metadata,
-        )
+        positions = find_tap(view, self.layer).positions
+        record = record_features(sae, [(read, *index)], positions, metadata)
         quality = quality_of(sae, read)
         scalars = {f"{PREFIX}/{key}": value for key, value in quality.scalars().items()}
-        rows = torch.linspace(0, len(batch) - 1, min(self.n_behaviour_frames, len(batch)))
-        few = batch.rows(rows.round().long()).to(device)
+        few = spread_frames(data, measured, self.n_behaviour_frames).to(device)
         behaviour = behaviour_recovered(view, self.layer, sae, vectors.mean(0), few).summary()
         for name in ("action_score", "sae_px", "mean_px", "l1_recovered"):
             scalars[f"{PREFIX}/{name}"] = behaviour[name].value
-        now = _Seen(sae, quality.density > 0)
+        now = self._now(sae, quality.density > 0, trainer.global_step)
         if self._seen is not None:
             changes = _changes(self._seen, now)
             scalars |= {f"{PREFIX}/{key}": value for key, value in changes.items()}
         self._seen = now
         titles: dict[int, str] = {}
-        concepts = concepts_of(self.task, batch)
+        concepts = known_concepts(self.task, states_of(data, measured), *index)
         if concepts is not None and record.n_episodes > 1:
             found = find_concepts(record, concepts)
             titles = found.titles
@@ -230,7 +238,16 @@ class FeatureDynamics(Diagnostic):
         images = {}
         if strip is not None:
             images[f"{PREFIX}/strip"] = str(write_png(folder / "strip.png", strip))
-        return Findings(scalars=scalars, images=images)
+        tables = {f"{PREFIX}/births": _births(now, quality.density, titles)}
+        return Findings(scalars=scalars, images=images, tables=tables)
+
+    def _now(self, sae: SparseAutoencoder, is_live: Bool[Tensor, " latent"], step: int) -> "_Seen":
+        """This checkpoint's features, each with the step at which it was first seen."""
+        born_at = torch.full((sae.n_latents,), step)
+        if self._seen is not None:
+            persists = _persisting(self._seen, _Seen(sae, is_live, born_at))
+            born_at = torch.where(persists, self._seen.born_at, born_at)
+        return _Seen(sae, is_live, born_at)
 
     def _fitted(self, vectors: Float[Tensor, "row dim"]) -> SparseAutoencoder:
         """Go on from the last checkpoint's autoencoder, or begin."""
@@ -244,11 +261,32 @@ class FeatureDynamics(Diagnostic):
         return fit_autoencoder(sae.to(vectors.device), vectors, n_steps, self.batch_size)
 
 
+def _cosines(before: _Seen, now: _Seen) -> Float[Tensor, " latent"]:
+    """How far the direction of each latent has turned."""
+    return (before.sae.directions.cpu() * now.sae.directions.cpu()).sum(-1).detach()
+
+
+def _persisting(before: _Seen, now: _Seen) -> Bool[Tensor, " latent"]:
+    """Latents that are live in both, and the same feature."""
+    return before.is_live & now.is_live & (_cosines(before, now) >= SAME_FEATURE)
+
+
+def _births(now: _Seen, density: Float[Tensor, " latent"], titles: Mapping[int, str]) -> Table:
+    """Every live feature: when it was first seen, how often it fires, what it tells."""
+    live = now.is_live.nonzero()[:, 0].tolist()
+    return Table(
+        columns=("feature", "born_at_step", "density", "tells"),
+        rows=tuple(
+            (latent, int(now.born_at[latent]), float(density[latent]), titles.get(latent))
+            for latent in live
+        ),
+    )
+
+
 def _changes(before: _Seen, now: _Seen) -> dict[str, float]:
     """How many features stayed, came and went since the last checkpoint."""
-    cosine = (before.sae.directions.cpu() * now.sae.directions.cpu()).sum(-1)
-    both = before.is_live & now.is_live
-    persists = both & (cosine >= SAME_FEATURE)
+    cosine, both = _cosines(before, now), before.is_live & now.is_live
+    persists = _persisting(before, now)
     changes = {
         "persisting": float(persists.sum()),
         "born": float((now.is_live & ~persists).sum()),
@@ -267,6 +305,23 @@ def _spread(episodes: Sequence[int], n_wanted: int) -> list[int]:
     """Some of the episodes, evenly; all where there are fewer."""
     places = torch.linspace(0, len(episodes) - 1, min(n_wanted, len(episodes))).round().long()
     return [episodes[place] for place in places.tolist()]
+
+
+def _index(
+    data: DemonstrationDataModule, episodes: Sequence[int]
+) -> tuple[Int[Tensor, " frame"], Int[Tensor, " frame"]]:
+    """Episode number and step of every frame."""
+    lengths = [data.source.episode_lengths[number] for number in episodes]
+    steps = [torch.arange(length) for length in lengths]
+    return torch.repeat_interleave(torch.tensor(episodes), torch.tensor(lengths)), torch.cat(steps)
+
+
+def _some(vectors: Float[Tensor, "row dim"], n_most: int) -> Float[Tensor, "kept dim"]:
+    """Random vectors, always the same; all where there are fewer."""
+    if len(vectors) <= n_most:
+        return vectors
+    generator = torch.Generator().manual_seed(0)
+    return vectors[torch.randperm(len(vectors), generator=generator)[:n_most].to(vectors.device)]
 
 
 def _flat(activations: Float[Tensor, "frame token dim"]) -> Float[Tensor, "row dim"]:

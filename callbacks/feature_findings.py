@@ -1,6 +1,6 @@
 """What callbacks say of features: concepts they tell, frames they fire on, how well codes do."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,7 @@ from torch import Tensor
 from autoencoders.metrics import ReconstructionMetrics, ReconstructionQuality
 from autoencoders.sae import SparseAutoencoder
 from datamodules.base import DemonstrationDataModule
-from envs.concepts import ConceptTask
 from envs.replay import recorded_pictures
-from envs.task import Task
 from features.concepts import Concepts
 from features.describe import position_label
 from features.peaks import find_peaks
@@ -47,6 +45,23 @@ def read_in_parts(
     )
 
 
+def states_of(
+    data: DemonstrationDataModule, episodes: Sequence[int]
+) -> Float[Tensor, "frame simulator"] | None:
+    """Simulator states of all frames of some episodes, where the data have them."""
+    columns = data.store.columns
+    if "simulator_state" not in columns:
+        return None
+    return torch.cat([columns["simulator_state"][data.store.rows(number)] for number in episodes])
+
+
+def spread_frames(data: DemonstrationDataModule, episodes: Sequence[int], n_wanted: int) -> Batch:
+    """Frames evenly spread over some episodes; all where there are fewer."""
+    dataset = data.dataset(episodes)
+    rows = torch.linspace(0, len(dataset) - 1, min(n_wanted, len(dataset))).round().long()
+    return dataset.__getitems__(rows.tolist())
+
+
 def quality_of(
     sae: SparseAutoencoder, activations: Float[Tensor, "frame token dim"]
 ) -> ReconstructionQuality:
@@ -57,15 +72,6 @@ def quality_of(
         codes = sae.encode(vectors)
         metrics.update(vectors, sae.decode(codes), (codes > 0).sum(0))
     return metrics.compute()
-
-
-def concepts_of(task: Task | None, batch: Batch) -> Concepts | None:
-    """What the simulator knows of frames; None where task or data say nothing."""
-    if not isinstance(task, ConceptTask) or batch.simulator_state is None:
-        return None
-    return task.concepts(
-        batch.simulator_state.cpu(), batch.episode_index.cpu(), batch.frame_index.cpu()
-    )
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,16 @@ from einops import rearrange
 from lightning.pytorch import LightningModule, Trainer
 
 from autoencoders.metrics import density_histogram
-from callbacks.feature_findings import concepts_of, draw_features, find_concepts
+from callbacks.feature_findings import (
+    draw_features,
+    find_concepts,
+    spread_frames,
+    states_of,
+)
 from callbacks.run_folder import write_atomically
 from callbacks.schedule import Diagnostic, is_last_validation
 from datamodules.activations import ActivationDataModule
+from envs.concepts import known_concepts
 from envs.rollout import rollout
 from envs.task import Task
 from features.effects import behaviour_recovered
@@ -21,7 +27,7 @@ from features.splice import WholeFrames, reconstruction_edit, splice
 from features.taps import TokenPosition
 from lightning_modules.sae import SAEModule
 from policies.ensembling import ActionQueue
-from policies.interface import Batch, Findings, PolicyView
+from policies.interface import Findings, PolicyView
 from rendering.charts import density_chart
 from rendering.picture import write_png
 
@@ -98,12 +104,20 @@ class Features(Diagnostic):
             ValueError: If vectors are parts of frames, which cannot be put back into the policy.
         """
         _, data = _parts(trainer, pl_module)
-        if data.per == "frame" and data.token_sampler.method != "all":
+        sampling = data.token_sampler.method
+        if sampling == "block_average" or (data.per == "frame" and sampling != "all"):
             raise ValueError(
-                f"per: frame with token_sampling: {data.token_sampler.method} drops tokens, and "
-                "the policy cannot act on the rest: set token_sampling to all, or leave "
+                f"per: {data.per} with token_sampling: {sampling}: reconstructions of such vectors "
+                "cannot be put back into the policy: set token_sampling to all, or leave "
                 "callbacks.features.Features out"
             )
+        if data.device not in ("auto", str(pl_module.device), pl_module.device.type):
+            raise ValueError(
+                f"the policy is on {data.device}, the autoencoder on {pl_module.device}, and the "
+                "one acts on what the other reconstructs: set data.init_args.device to auto"
+            )
+        if self.n_rollouts:
+            self._acting(data.policy)
 
     @override
     def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
@@ -122,9 +136,7 @@ class Features(Diagnostic):
         record = record_features(sae, [(vectors, *index)], positions, metadata)
         reconstruct = sae if data.per == "token" else WholeFrames(sae)
 
-        batch = Batch.concatenate([data.demonstrations.episode(number) for number in episodes])
-        rows = torch.linspace(0, len(batch) - 1, min(self.n_behaviour_frames, len(batch)))
-        few = batch.rows(rows.round().long()).to(device)
+        few = spread_frames(data.demonstrations, episodes, self.n_behaviour_frames).to(device)
         mean = activations.mean((0, 1))
         behaviour = behaviour_recovered(view, data.layer, reconstruct, mean, few)
         scalars: dict[str, float] = {}
@@ -134,13 +146,12 @@ class Features(Diagnostic):
                 scalars[f"{PREFIX}/{name}_low"] = estimate.low
                 scalars[f"{PREFIX}/{name}_high"] = estimate.high
         if self.n_rollouts and is_last_validation(trainer):
-            assert self.task is not None
             spliced = splice(view, data.layer, reconstruction_edit(reconstruct))
             scalars |= self._rollouts(view, "clean", device) | self._rollouts(
                 spliced, "spliced", device
             )
         titles: dict[int, str] = {}
-        concepts = concepts_of(self.task, batch)
+        concepts = known_concepts(self.task, states_of(data.demonstrations, episodes), *index)
         if concepts is not None and record.n_episodes > 1:
             found = find_concepts(record, concepts)
             titles = found.titles
@@ -175,15 +186,25 @@ class Features(Diagnostic):
 
     def _rollouts(self, view: PolicyView, name: str, device: torch.device) -> dict[str, float]:
         """Success and score of a policy, whether it acts on reconstructions or not."""
-        assert self.task is not None
         result = rollout(
             view,
-            type(self.task).for_policy(view.data_schema),
+            self._acting(view),
             seeds=range(self.first_seed, self.first_seed + self.n_rollouts),
             controller=ActionQueue(view.n_action_steps),
             device=device,
         )
         return {f"{PREFIX}/rollout_{name}_{key}": value for key, value in result.summary().items()}
+
+    def _acting(self, view: PolicyView) -> Task:
+        """The task, with pictures of the policy's size.
+
+        Raises:
+            ValueError: If it cannot show what the policy sees.
+        """
+        assert self.task is not None
+        if not view.data_schema.differences(self.task.data_schema()):
+            return self.task
+        return type(self.task).for_policy(view.data_schema)
 
 
 def _parts(trainer: Trainer, module: LightningModule) -> tuple[SAEModule, ActivationDataModule]:

@@ -158,16 +158,19 @@ class Subject:
         """What is known of the frames of a record; at least the time in the episode."""
         import torch
 
-        from envs.concepts import ConceptTask
+        from envs.concepts import known_concepts
         from features.concepts import Concepts, time_in_episode
 
         store = self.data.demonstrations.store
-        if isinstance(task, ConceptTask) and "simulator_state" in store.columns:
+        states = None
+        if "simulator_state" in store.columns:
             numbers = list(dict.fromkeys(record.episode_index.tolist()))
             states = torch.cat(
                 [store.columns["simulator_state"][store.rows(number)] for number in numbers]
             )
-            return task.concepts(states, record.episode_index, record.frame_index)
+        known = known_concepts(task, states, record.episode_index, record.frame_index)
+        if known is not None:
+            return known
         time = time_in_episode(record.episode_index, record.frame_index)
         return Concepts(("time",), time.float()[:, None], (False,), ("1",))
 
@@ -208,8 +211,8 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
         token_ratio=sampling["ratio"],
         seed=sampling["seed"],
         per=made_from.get("per", "token"),
+        dtype=made_from.get("dtype", "float16"),
         storage="stream",
-        buffer_mb=1,
         frames_per_batch=arguments.batch_size,
         device=where,
         progress=False,
@@ -243,29 +246,37 @@ def _split(
     import numpy as np
 
     name = made_from.get("data")
-    is_same = name is not None and (
-        name == arguments.dataset_repo_id
-        or Path(name).expanduser().resolve()
-        == Path(arguments.dataset_repo_id).expanduser().resolve()
-    )
+    # A copy elsewhere keeps its name; of a file made anew under it, only numbers can be compared.
+    is_same = name is not None and Path(name).name == Path(arguments.dataset_repo_id).name
     known = {*numbers}
     if is_same and all({*part} <= known for part in made_from["split"].values()):
         return made_from["split"], "the autoencoder's own split"
+    caveat = (
+        ""
+        if name is None
+        else f"; the autoencoder was trained on {name}: if these are the same demonstrations under "
+        "another name, it has seen held-out ones"
+    )
     held_out = (data.loaded_policy.split or {}).get("val", [])
-    if held_out and {*held_out} <= known:
+    if len(held_out) > 1 and {*held_out} <= known:
         n_calibration = max(1, len(held_out) // 3)
         return {
             "train": [number for number in numbers if number not in {*held_out}],
             "calibration": held_out[:n_calibration],
             "val": held_out[n_calibration:],
-        }, "the policy's own split; the autoencoder was trained on other data"
+        }, f"the policy's own split{caveat}"
     order = np.random.default_rng(0).permutation(np.asarray(numbers)).tolist()
+    if len(order) < 3:
+        raise ValueError(
+            f"--dataset_repo_id {arguments.dataset_repo_id}: has {len(order)} episodes; to train, "
+            "calibrate and measure takes at least 3"
+        )
     n_each = max(1, round(len(order) * 0.15))
     return {
         "train": sorted(order[2 * n_each :]),
         "calibration": sorted(order[:n_each]),
         "val": sorted(order[n_each : 2 * n_each]),
-    }, "episodes drawn at random: neither policy nor autoencoder says what it was trained on"
+    }, f"episodes drawn at random: the policy does not say what it was trained on{caveat}"
 
 
 def check_at_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:

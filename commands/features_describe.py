@@ -29,6 +29,8 @@ LEAST = {
 }
 """Smallest values of options."""
 N_CHART_FEATURES = 24
+N_CALIBRATION_VECTORS = 65_536
+"""For the threshold of an untrained autoencoder."""
 N_NEURON_FRAMES = 6000
 """Frames on which other bases compete, at most: neurons are dense."""
 
@@ -74,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     feature_inputs.check_at_least(arguments, LEAST)
     folder = feature_inputs.output_folder(arguments, (SUMMARY_FILE, TABLE_FILE, STRIP_FILE))
     subject = feature_inputs.open_subject(arguments)
+    can_edit = _can_edit(subject, arguments.queries)
     train = feature_inputs.some(subject.split["train"], arguments.n_train_episodes)
     held_out = feature_inputs.some(subject.split["val"], arguments.n_val_episodes)
     subject.load([*train, *held_out])
@@ -83,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         "train": subject.record(train, "Recording training episodes"),
         "held_out": subject.record(held_out, "Recording held-out episodes"),
     }
+    write_record(folder / TRAIN_FOLDER, records["train"])
+    write_record(folder / HELD_OUT_FOLDER, records["held_out"])
     concepts = {name: subject.concepts(record, task) for name, record in records.items()}
     with progress_bar("Describing features", 2 * subject.sae.n_latents, True) as advance:
         found = describe(
@@ -97,8 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
             advance=advance,
         )
     console = Console(highlight=False)
-    with console.status("Ablating and doubling features"):
-        behaviour, effects = _causes(subject, held_out, found.latents.tolist(), arguments)
+    behaviour, effects = None, None
+    if can_edit:
+        with console.status("Ablating and doubling features"):
+            behaviour, effects = _causes(subject, held_out, found.latents.tolist(), arguments)
     with console.status("Comparing with neurons, principal directions and a random autoencoder"):
         bases = _bases(subject, train, held_out, arguments)
     few = feature_inputs.some(held_out, 20)
@@ -112,8 +119,6 @@ def run(arguments: argparse.Namespace) -> int:
         "effects": _effect_numbers(effects),
         "bases": [_score(score) for score in bases],
     }
-    write_record(folder / TRAIN_FOLDER, records["train"])
-    write_record(folder / HELD_OUT_FOLDER, records["held_out"])
     _draw(folder, subject, records["held_out"], found, effects, quality.density, arguments)
     columns = _effect_columns(effects)
     write_descriptions(folder, found, columns, more)
@@ -129,16 +134,38 @@ def _places(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {name: pair for name, pair in pairs.items() if pair[1] in names}
 
 
+def _can_edit(subject: Subject, queries: Sequence[int]) -> bool:
+    """Whether what the autoencoder gives can be put back into the policy.
+
+    Raises:
+        ValueError: If the policy does not predict the queries.
+    """
+    from features.taps import edit_activations
+
+    if not all(0 <= query < subject.view.chunk_size for query in queries):
+        raise ValueError(
+            f"--queries {list(queries)}: the policy predicts chunk steps 0 to "
+            f"{subject.view.chunk_size - 1}"
+        )
+    sampling, per = subject.data.token_sampler.method, subject.data.per
+    if sampling == "block_average" or (per == "frame" and sampling != "all"):
+        return False
+    try:
+        with edit_activations(subject.view, subject.layer, lambda x: x):
+            return True
+    except ValueError:
+        # Several cameras go through such a layer one by one.
+        return False
+
+
 def _causes(
     subject: Subject, episodes: Sequence[int], latents: list[int], arguments: argparse.Namespace
-) -> "tuple[dict[str, Any] | None, FeatureEffects | None]":
-    """What reconstruction, and each feature, does to the action; None where it has no way back."""
+) -> "tuple[dict[str, Any], FeatureEffects | None]":
+    """What reconstruction, and each feature, does to the action; no effects of whole frames."""
     from features.effects import FeatureProbe, behaviour_recovered, feature_effects
     from features.splice import WholeFrames
 
     data = subject.data
-    if data.token_sampler.method not in ("all",) and data.per == "frame":
-        return None, None
     few = feature_inputs.some(episodes, 20)
     mean = _activations(subject, few).flatten(0, 1).mean(0)
     reconstruct = subject.sae
@@ -151,7 +178,7 @@ def _causes(
         name: {"value": each.value, "low": each.low, "high": each.high}
         for name, each in recovered.summary().items()
     }
-    if data.per == "frame" or data.token_sampler.method == "block_average":
+    if data.per == "frame":
         return behaviour, None
     probe = FeatureProbe(
         subject.view,
@@ -238,7 +265,7 @@ def _bases(
         torch.manual_seed(arguments.seed)
         untrained = build_autoencoder(subject.sae.architecture, **subject.sae.hyper_parameters)
     untrained.to(subject.device).initialise(vectors)
-    untrained.calibrate([vectors])
+    untrained.calibrate([vectors[torch.randperm(len(vectors))[:N_CALIBRATION_VECTORS]]])
     at_random = [
         record_features(untrained, iter(parts), subject.positions) for parts, _, _ in sides
     ]
@@ -249,7 +276,7 @@ def _bases(
         "principal directions": tuple(signed_units(each @ directions.T).cpu() for each in read),
         "untrained autoencoder": tuple(record.frames_by_latents() for record in at_random),
     }
-    return compare_bases(bases, sides[0][2], sides[1][2])
+    return compare_bases(bases, sides[0][2], sides[1][2], min(5, len(live)))
 
 
 def _telling(found: "FeatureDescriptions") -> dict[str, list[int]]:
@@ -368,7 +395,9 @@ def _print(
         f"{summary['n_live']} of {summary['n_latents']} features fire; FVU {fidelity['fvu']:.4f}, "
         f"L0 {fidelity['l0']:.1f} on held-out episodes"
     )
-    if behaviour is not None:
+    if behaviour is None:
+        say("no behaviour and no effects: reconstructions cannot be put back into the policy")
+    else:
         score, moved = behaviour["action_score"], behaviour["sae_px"]
         say(
             f"acting on reconstructions moves actions by {moved['value']:.2f} px; action score "

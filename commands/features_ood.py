@@ -13,6 +13,7 @@ from commands.inputs import controller_for
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from autoencoders.sae import SparseAutoencoder
     from envs.perturbations import Perturbation
     from envs.task import Task
     from features.ood import DetectionQuality, OODDetector
@@ -25,10 +26,14 @@ LEAST = {"n_train_episodes": 1, "n_val_episodes": 2, "n_rollouts": 0, "first_see
 """Smallest values of options."""
 N_STRIP_FRAMES = 4
 FRAMES_AT_ONCE = 256
+N_THRESHOLD_VECTORS = 65_536
+"""Training vectors that the detector's autoencoder has its threshold from."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's own options."""
+    from features.ood import MAX_COVARIANCE_DIM
+
     feature_inputs.add_arguments(parser)
     parser.add_argument(
         "--alpha",
@@ -36,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.05,
         metavar="A",
         help="false-alarm rate to promise; needs 1 / A - 1 calibration episodes (default: 0.05)",
+    )
+    parser.add_argument(
+        "--pool",
+        choices=("concatenate", "mean"),
+        help="how a frame's tokens become the one vector that neighbours and Mahalanobis distance "
+        f"take (default: concatenate; mean above {MAX_COVARIANCE_DIM} numbers)",
     )
     parser.add_argument(
         "--n_train_episodes",
@@ -73,11 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: For anything wrong with the arguments, the policy, the autoencoder or the data.
     """
-    import torch
     from rich.console import Console
 
+    from autoencoders.files import AUTOENCODER_FOLDER, save_autoencoder
     from callbacks.run_folder import write_atomically
-    from features.ood import fit_detector, save_detector
+    from features.ood import MAX_COVARIANCE_DIM, fit_detector, save_detector
 
     feature_inputs.check_at_least(arguments, LEAST)
     folder = feature_inputs.output_folder(arguments, (METRICS_FILE, DETECTOR_FOLDER))
@@ -91,6 +102,15 @@ def run(arguments: argparse.Namespace) -> int:
     task = feature_inputs.task_of(arguments, subject.view)
     if arguments.n_rollouts and task is None:
         raise ValueError(f"--task {arguments.task}: does not show what the policy sees")
+    if not subject.view.data_schema.cameras:
+        raise ValueError("the policy has no camera, and what is perturbed are pictures")
+    n_numbers = len(subject.data.tokens.positions) * subject.data.tap.dim
+    pool = arguments.pool or ("mean" if n_numbers > MAX_COVARIANCE_DIM else "concatenate")
+    if pool == "concatenate" and n_numbers > MAX_COVARIANCE_DIM:
+        raise ValueError(
+            f"--pool concatenate: {n_numbers} numbers a frame have too large a covariance (at most "
+            f"{MAX_COVARIANCE_DIM}); give --pool mean"
+        )
     split = subject.split
     n_needed = round(1 / arguments.alpha - 1) if 0 < arguments.alpha < 1 else 0
     if not n_needed or len(split["calibration"]) < n_needed:
@@ -109,16 +129,20 @@ def run(arguments: argparse.Namespace) -> int:
     with console.status("Fitting and calibrating"):
         training, _ = _read(subject, train)
         calibration, episodes = _read(subject, split["calibration"])
+        sae = _without_calibration(subject.sae, training)
         detector = fit_detector(
-            subject.layer, subject.sae, training, calibration, episodes, arguments.alpha
+            subject.layer, sae, training, calibration, episodes, arguments.alpha, pool
         )
         save_detector(detector, folder / DETECTOR_FOLDER)
-    batch = subject.batch(val, sum(subject.lengths[number] for number in val))
+        save_autoencoder(sae, folder / DETECTOR_FOLDER / AUTOENCODER_FOLDER, subject.metadata)
     with console.status("Perturbing held-out episodes"):
-        qualities, shown = _perturb(subject, detector, batch, task)
+        qualities, shown = _perturb(subject, detector, val, task)
     document: dict[str, Any] = {
         **subject.metadata,
         "alpha": arguments.alpha,
+        "pool": pool,
+        "split": subject.split_note,
+        "is_unseen_by_policy": subject.loaded.metadata.get("is_unseen_by_policy"),
         "episodes": {"train": train, "calibration": split["calibration"], "val": val},
         "detection": {
             name: {score: asdict(quality) for score, quality in found.items()}
@@ -130,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
         document["failure_forecast"] = _forecast(subject, detector, task, arguments)
     _draw(folder, qualities, shown)
     write_atomically(folder / METRICS_FILE, json.dumps(_plain(document), indent=1) + "\n")
-    _print(console, qualities, document, len(torch.unique(batch.episode_index)))
+    _print(console, qualities, document, len(val))
     console.print(f"written to {folder}", soft_wrap=True)
     return 0
 
@@ -141,6 +165,25 @@ def _read(subject: Subject, episodes: Sequence[int]) -> "tuple[Tensor, Tensor]":
 
     parts = [(activations, index) for activations, index, _ in subject.vectors(episodes)]
     return torch.cat([each for each, _ in parts]), torch.cat([index for _, index in parts])
+
+
+def _without_calibration(sae: "SparseAutoencoder", training: "Tensor") -> "SparseAutoencoder":
+    """The autoencoder with its threshold fitted to training frames.
+
+    The one that it brings was fitted to the calibration episodes, which a promise about new ones
+    may not know.
+    """
+    import copy
+
+    import torch
+    from einops import rearrange
+
+    vectors = rearrange(training, "frame token dim -> (frame token) dim")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(len(vectors), generator=generator)[:N_THRESHOLD_VECTORS]
+    other = copy.deepcopy(sae)
+    other.calibrate([vectors[rows.to(vectors.device)]])
+    return other
 
 
 def _scores(subject: Subject, detector: "OODDetector", batch: "Batch") -> "Mapping[str, Tensor]":
@@ -158,7 +201,7 @@ def _scores(subject: Subject, detector: "OODDetector", batch: "Batch") -> "Mappi
 
 
 def _perturb(
-    subject: Subject, detector: "OODDetector", batch: "Batch", task: "Task | None"
+    subject: Subject, detector: "OODDetector", episodes: Sequence[int], task: "Task | None"
 ) -> "tuple[dict[str, dict[str, DetectionQuality]], dict[str, Batch]]":
     """How well each score tells each kind of perturbed episode from a clean one.
 
@@ -167,10 +210,50 @@ def _perturb(
     """
     import torch
 
+    from features.ood import detection_quality
+    from policies.interface import Batch
+
+    data = subject.data.demonstrations
+    first = data.episode(episodes[0])
+    perturbations = _perturbations(subject, first, task)
+    few = torch.linspace(0, len(episodes) - 1, min(N_STRIP_FRAMES, len(episodes))).round().long()
+    kept = {episodes[place] for place in few.tolist()}
+    names = ["as it is", *(perturbation.name for perturbation in perturbations)]
+    scores: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in names}
+    shown: dict[str, list[Batch]] = {name: [] for name in names}
+    index = []
+    # Episode by episode: all pictures of many would not fit into memory.
+    for number in episodes:
+        batch = data.episode(number).to(subject.device)
+        index.append(batch.episode_index.cpu())
+        for name, perturbation in zip(names, (None, *perturbations), strict=True):
+            changed = batch if perturbation is None else perturbation.apply(batch)
+            scores[name].append(_scores(subject, detector, changed))
+            if number in kept:
+                middle = len(changed) // 2
+                shown[name].append(changed.rows(slice(middle, middle + 1)).to("cpu"))
+    joined = {
+        name: {score: torch.cat([each[score] for each in parts]) for score in parts[0]}
+        for name, parts in scores.items()
+    }
+    clean, whose = joined.pop("as it is"), torch.cat(index)
+    found = {
+        name: {
+            score: detection_quality(
+                detector.calibrations[score], clean[score], whose, values, whose
+            )
+            for score, values in of_score.items()
+        }
+        for name, of_score in joined.items()
+    }
+    return found, {name: Batch.concatenate(batches) for name, batches in shown.items()}
+
+
+def _perturbations(subject: Subject, batch: "Batch", task: "Task | None") -> "list[Perturbation]":
+    """What is done to pictures; objects are hidden where the simulator can draw the frames."""
     from envs.perturbations import Lighting, Noise, OccludedObject, ShiftedCamera
     from envs.replay import can_replay
     from envs.task import Scene
-    from features.ood import detection_quality
 
     height = min(size[0] for size in subject.view.data_schema.cameras.values())
     perturbations: list[Perturbation] = [
@@ -180,30 +263,12 @@ def _perturb(
         ShiftedCamera(rotation_deg=3.0),
         Noise(0.05),
     ]
-    if task is not None and can_replay(task, batch):
+    if task is not None and subject.view.n_obs_steps == 1 and can_replay(task, batch):
         env = task.make()
+        env.close()
         if isinstance(env, Scene) and "block" in env.objects:
             perturbations += [OccludedObject(task), OccludedObject(task, mode="patch")]
-        env.close()
-    few = torch.linspace(0, len(batch) - 1, N_STRIP_FRAMES).round().long()
-    shown = {"as it is": batch.rows(few)}
-    clean = _scores(subject, detector, batch)
-    found: dict[str, dict[str, DetectionQuality]] = {}
-    for perturbation in perturbations:
-        changed = perturbation.apply(batch)
-        shown[perturbation.name] = changed.rows(few)
-        scores = _scores(subject, detector, changed)
-        found[perturbation.name] = {
-            name: detection_quality(
-                detector.calibrations[name],
-                clean[name],
-                batch.episode_index,
-                scores[name],
-                batch.episode_index,
-            )
-            for name in clean
-        }
-    return found, shown
+    return perturbations
 
 
 def _forecast(

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 METRICS_FILE, TABLE_FILE = "metrics.json", "effects.parquet"
 ARROWS_FILE, DOSES_FILE = "arrows.png", "doses.png"
 ROLLOUTS_FILE, VIDEO_FILE = "rollouts.png", "rollouts.mp4"
+CONTROLS = {
+    "directions": "directions",
+    "features": "other features",
+    "activations": "directions with the covariance of the activations",
+}
+"""What features are compared with, in words."""
 LEAST = {
     "n_rollouts": 1,
     "n_controls": 0,
@@ -104,10 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--control",
-        choices=("directions", "features"),
+        choices=("directions", "features", "activations"),
         default="directions",
-        help="what each feature is compared with: random directions of the activations' space, or "
-        "the directions of random other features that fire; moved as far on the same tokens",
+        help="what each feature is compared with, moved as far on the same tokens: random "
+        "directions of the activations' space; those of random other features that fire; or, the "
+        "strictest, random ones with the covariance of the activations",
     )
     parser.add_argument(
         "--n_controls_open",
@@ -136,6 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from callbacks.run_folder import write_atomically
+    from envs.task import Scene
     from features.effects import FeatureProbe
 
     _check(arguments)
@@ -150,6 +158,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--task {arguments.task}: does not show what the policy sees, so it cannot act "
                 "there; leave --latents out for open loop alone"
+            )
+        env = task.make()
+        env.close()
+        if not isinstance(env, Scene):
+            raise ValueError(
+                f"--task {arguments.task}: does not know its objects (envs.task.Scene), whose "
+                "paths are compared; leave --latents out for open loop alone"
             )
         controller_for(
             subject.data.loaded_policy, arguments.temporal_ensemble_coeff, arguments.n_action_steps
@@ -171,6 +186,7 @@ def run(arguments: argparse.Namespace) -> int:
             subject.batch(episodes, arguments.n_effect_frames).observation,
             queries=arguments.queries,
         )
+        controls = [] if intervention is None else _controls(probe, intervention, arguments)
         found = _open_loop(subject, probe, arguments)
     document: dict[str, Any] = {
         **subject.metadata,
@@ -184,7 +200,7 @@ def run(arguments: argparse.Namespace) -> int:
     _print_open_loop(console, found, arguments.control)
     if intervention is not None:
         assert task is not None
-        result = _closed_loop(subject, task, probe, intervention, arguments)
+        result = _closed_loop(subject, task, intervention, controls, arguments)
         document["rollouts"] = {
             "intervention": intervention.name,
             "controls": [control.name for control in result.controls],
@@ -295,7 +311,7 @@ def _open_loop(subject: Subject, probe: "FeatureProbe", arguments: argparse.Name
         feature_effects,
         random_direction_effects,
     )
-    from features.splice import random_directions
+    from features.splice import data_directions, random_directions
     from policies.act import ACTPolicy
 
     effects = feature_effects(probe, n_frames_per_latent=16)
@@ -325,18 +341,21 @@ def _open_loop(subject: Subject, probe: "FeatureProbe", arguments: argparse.Name
         arguments.queries,
         probe.activations,
     )
+    n_others, seed = arguments.n_controls_open, arguments.seed
     if arguments.control == "directions":
-        others = random_directions(arguments.n_controls_open, subject.sae.d_in, arguments.seed)
+        others = random_directions(n_others, subject.sae.d_in, seed)
+    elif arguments.control == "activations":
+        others = data_directions(n_others, probe.activations.flatten(0, 1), seed)
     else:
         live = (effects.n_frames > 0).nonzero()[:, 0]
         live = live[~torch.isin(live, torch.tensor(latents))]
-        if len(live) < arguments.n_controls_open:
+        if len(live) < n_others:
             raise ValueError(
-                f"--n_controls_open {arguments.n_controls_open}: only {len(live)} other features "
+                f"--n_controls_open {n_others}: only {len(live)} other features "
                 "fire on these frames; give fewer, or --control directions"
             )
-        generator = torch.Generator().manual_seed(arguments.seed)
-        picks = torch.randperm(len(live), generator=generator)[: arguments.n_controls_open]
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.randperm(len(live), generator=generator)[:n_others]
         others = subject.sae.directions.detach()[live[picks]].cpu()
     controls = random_direction_effects(few, directions=others)
     foretells = isinstance(subject.view, ACTPolicy) and subject.layer in ("encoder", "decoder")
@@ -450,7 +469,7 @@ def _print_open_loop(console: Any, found: _OpenLoop, control: str) -> None:
         f"{numbers['zero_effect_rate_ablated']:.0%} of {numbers['n_live']} features move the "
         f"action by less than 1 px when ablated; {numbers['significant_share']:.0%} of the "
         f"{numbers['n_compared']} above, chosen by their effect, exceed the 95 % quantile of "
-        f"{numbers['n_controls']} random {control} of equal size",
+        f"{numbers['n_controls']} random {CONTROLS[control]} of equal size",
         soft_wrap=True,
     )
     if doses is not None:
@@ -464,30 +483,48 @@ def _print_open_loop(console: Any, found: _OpenLoop, control: str) -> None:
 # Closed loop
 
 
+def _controls(
+    probe: "FeatureProbe", intervention: "Intervention", arguments: argparse.Namespace
+) -> "list[Intervention]":
+    """The same done to random features that fire about as often, at any token.
+
+    Raises:
+        ValueError: If a feature never fires, or there are too few others.
+    """
+    from dataclasses import replace
+
+    import torch
+    from einops import rearrange
+
+    from features.splice import matched_latents
+
+    if not arguments.n_controls:
+        return []
+    vectors = rearrange(probe.activations, "frame token dim -> (frame token) dim")
+    fires = torch.bincount(probe.sae.encode_sparse(vectors).latent, minlength=probe.sae.n_latents)
+    n_each = len(intervention.latents)
+    others = matched_latents(
+        fires.double() / len(vectors),
+        intervention.latents,
+        n_each * arguments.n_controls,
+        arguments.seed,
+    )
+    return [
+        replace(intervention, latents=others[start : start + n_each])
+        for start in range(0, len(others), n_each)
+    ]
+
+
 def _closed_loop(
     subject: Subject,
     task: "Task",
-    probe: "FeatureProbe",
     intervention: "Intervention",
+    controls: "Sequence[Intervention]",
     arguments: argparse.Namespace,
 ) -> "SteeringResult":
     """Rollouts with the intervention and with its controls, from equal seeds."""
-    from dataclasses import replace
-
     from envs.steering import steer_rollouts
-    from features.splice import matched_latents
 
-    density = probe.n_active.double() / len(probe.activations)
-    n_each = len(intervention.latents)
-    controls = []
-    if arguments.n_controls:
-        others = matched_latents(
-            density, intervention.latents, n_each * arguments.n_controls, arguments.seed
-        )
-        controls = [
-            replace(intervention, latents=others[start : start + n_each])
-            for start in range(0, len(others), n_each)
-        ]
     return steer_rollouts(
         task,
         subject.view,

@@ -384,6 +384,7 @@ class ActivationDataModule(LightningDataModule):
         device = self._device()
         _move(self.policy, device)
         data = self.demonstrations
+        self.split  # noqa: B018  (refuses too few episodes before anything is computed)
         live = PolicyActivations(
             self.policy,
             self.layer,
@@ -404,8 +405,6 @@ class ActivationDataModule(LightningDataModule):
                 live.compute,
                 progress=self.progress,
             )
-        for name in SPLITS:
-            self._buffers[name] = self._buffer(self.split[name])
 
     def _device(self) -> torch.device:
         if self.device != "auto":
@@ -430,6 +429,8 @@ class ActivationDataModule(LightningDataModule):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; choose one of {list(SPLITS)}")
         self.source  # noqa: B018  (says what is missing)
+        if split not in self._buffers:
+            self._buffers[split] = self._buffer(self.split[split])
         return self._buffers[split]
 
     def sample(self, n: int, split: str = "train", seed: int = 0) -> Float[Tensor, "row dim"]:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from envs.push_t import AGENT_RADIUS_PX, BOARD_PX, GOAL_POSE, T_BOXES_PX, T_OUTLINE_PX
+from envs.task import Task
 from features.concepts import Concepts, onsets, seconds_since_last_frame, time_in_episode
 from features.episodes import number_episodes, starts
 
@@ -51,6 +52,31 @@ class ConceptTask(Protocol):
             ValueError: If the states are not the task's, or frames are not in order.
         """
         ...
+
+
+def known_concepts(
+    task: Task | None,
+    simulator_states: Float[Tensor, "frame simulator"] | None,
+    episode_index: Int[Tensor, " frame"],
+    frame_index: Int[Tensor, " frame"],
+) -> Concepts | None:
+    """What a task says of frames; None where there is none, or the states are not its own.
+
+    Args:
+        task: Of the simulator, or not.
+        simulator_states: As the data have them, if they do.
+        episode_index: As for :meth:`ConceptTask.concepts`.
+        frame_index: As for :meth:`ConceptTask.concepts`.
+    """
+    if not isinstance(task, ConceptTask) or simulator_states is None:
+        return None
+    env = task.make()
+    try:
+        if simulator_states.shape[1] != len(env.state()):
+            return None
+    finally:
+        env.close()
+    return task.concepts(simulator_states.cpu(), episode_index.cpu(), frame_index.cpu())
 
 
 def push_t_concepts(

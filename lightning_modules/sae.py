@@ -15,9 +15,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from autoencoders.files import save_autoencoder
 from autoencoders.fit import DECAY_FRACTION, WARMUP_FRACTION, trapezoid
 from autoencoders.metrics import ReconstructionMetrics, ReconstructionQuality
-from autoencoders.sae import ARCHITECTURES, build_autoencoder, default_learning_rate
+from autoencoders.sae import (
+    ARCHITECTURES,
+    MAX_CALIBRATION_ENTRIES,
+    build_autoencoder,
+    default_learning_rate,
+)
 from lightning_modules.optimisation import clippable, gradient_norm, training_steps
 
+N_CALIBRATION_VECTORS = 262_144
+"""Calibration vectors that the threshold is fitted to, at most."""
 N_INITIAL_VECTORS = 16_384
 """Training vectors that scale, data variance and geometric median are measured on."""
 
@@ -60,7 +67,7 @@ class SAEModule(LightningModule):
         k: Active latents of a vector: exactly (topk), on average (batch_topk), or aimed at
             (jumprelu).
         options: Further arguments of the architecture's class in autoencoders.
-        lr: Learning rate; 2e-4 / sqrt(n_latents / 2^14) and what suits small data sets when null.
+        lr: Learning rate; 2e-4 sqrt(2^14 / n_latents) when null.
         warmup_fraction: Share of the run in which the learning rate rises.
         decay_fraction: Share of the run in which it falls to zero, at the end.
         dead_after: Vectors without activity after which a latent is dead and auxiliary training
@@ -93,8 +100,12 @@ class SAEModule(LightningModule):
         self.register_buffer("silent_for", torch.zeros(n_latents, dtype=torch.int64))
         self._val = ReconstructionMetrics(d_in, n_latents)
         self._dead_after = dead_after
-        self.quality: ReconstructionQuality | None = None
-        """Of the newest validation."""
+
+    @property
+    def quality(self) -> ReconstructionQuality | None:
+        """Of the newest validation, as soon as its last batch is measured; None before."""
+        # Lightning asks callbacks before the module when a validation ends.
+        return self._val.compute() if self._val.n_vectors else None
 
     @property
     def activations(self) -> Activations:
@@ -168,9 +179,9 @@ class SAEModule(LightningModule):
         """Fit the threshold on the calibration episodes."""
         self._val.reset()
         if not self.trainer.sanity_checking:
-            self.sae.calibrate(
-                vectors.to(self.device) for vectors in self.activations.vectors("calibration", 4096)
-            )
+            n_most = min(N_CALIBRATION_VECTORS, MAX_CALIBRATION_ENTRIES // (2 * self.hparams["k"]))
+            vectors = self.activations.sample(n_most, "calibration")
+            self.sae.calibrate(part.to(self.device) for part in vectors.split(4096))
 
     def validation_step(self, batch: Float[Tensor, "batch dim"], batch_idx: int) -> None:
         """Reconstruct held-out vectors as at inference."""
@@ -179,8 +190,8 @@ class SAEModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log fidelity and sparsity over all held-out vectors."""
-        self.quality = self._val.compute()
-        scalars = {f"val/{name}": value for name, value in self.quality.scalars().items()}
+        quality = self._val.compute()
+        scalars = {f"val/{name}": value for name, value in quality.scalars().items()}
         self.log_dict(scalars, prog_bar=False, sync_dist=True)
 
     def test_step(self, batch: Float[Tensor, "batch dim"], batch_idx: int) -> None:

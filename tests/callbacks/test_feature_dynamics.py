@@ -111,7 +111,18 @@ def test_what_cannot_work_is_said_before_training(changes, named, demonstrations
         start()
 
 
-def test_too_few_held_out_episodes_are_refused(demonstrations, tmp_path):
+def test_with_too_few_held_out_episodes_training_goes_on_without(demonstrations, tmp_path):
     datamodule = data(demonstrations, val_fraction=0.2)
-    with pytest.raises(ValueError, match="val_fraction"):
-        trainer(tmp_path, FeatureDynamics(**SMALL)).fit(act(datamodule), datamodule)
+    with pytest.warns(UserWarning, match="val_fraction"):
+        trainer(tmp_path, FeatureDynamics(strict=True, **SMALL)).fit(act(datamodule), datamodule)
+    assert not [*tmp_path.glob("media/*/feature_dynamics/*")]
+
+
+def test_every_live_feature_is_listed_with_its_birth(finished):
+    (file,) = (finished / "media" / "step_000004").glob("**/*births*.json")
+    table = json.loads(file.read_text())
+    assert table["columns"][:2] == ["feature", "born_at_step"]
+    born_at = [row[1] for row in table["rows"]]
+    numbers = found(finished, 4)
+    assert born_at.count(2) == numbers["features/persisting"]
+    assert born_at.count(4) == numbers["features/born"]
