@@ -105,6 +105,7 @@ def save_autoencoder(
                 "architecture": sae.architecture,
                 "hyper_parameters": dict(sae.hyper_parameters),
                 "scale": scale,
+                "variance": float(sae.variance) / scale**2,
                 **metadata,
             },
         },
@@ -163,7 +164,7 @@ def load_autoencoder(
     density = None
     if (folder / SPARSITY_FILE).is_file():
         density = (10.0 ** load_file(folder / SPARSITY_FILE)["sparsity"].double()).float()
-    known = {"format_version", "architecture", "hyper_parameters", "scale"}
+    known = {"format_version", "architecture", "hyper_parameters", "scale", "variance"}
     metadata = {key: value for key, value in ours.items() if key not in known}
     return LoadedAutoencoder(sae, metadata, density, folder)
 
@@ -247,6 +248,10 @@ def _build(
         sae.W_dec.copy_(values["W_dec"])
         sae.b_dec.copy_(values["b_dec"])
         sae.scale.fill_(1.0)
+        if "variance" in ours:
+            # Trained on goes what was saved, in units where the scale is 1.
+            sae.variance.fill_(ours["variance"])
+            sae.is_initialised.fill_(True)
         if "threshold" in shapes:
             sae.threshold.copy_(values["threshold"])
     return sae

@@ -295,9 +295,8 @@ def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, Tens
 
 
 def _edges(sorted_places: Tensor, n: int) -> Tensor:
-    counts = sorted_places.new_zeros(n + 1)
-    torch.cumsum(torch.bincount(sorted_places, minlength=n), 0, out=counts[1:])
-    return counts
+    """Where each of n values begins in an ascending list, and the end."""
+    return torch.searchsorted(sorted_places, torch.arange(n + 1, device=sorted_places.device))
 
 
 def _sum_rows(index: Tensor, table: Tensor, ends: Tensor, weights: Tensor) -> Tensor:

@@ -114,8 +114,6 @@ def sparsify(lr: float | None, task: Planted) -> Trained:
         D_IN,
         N_LATENTS,
         K,
-        len(task.train),
-        auxiliary_weight=0.0,
         schedule=lambda place: factor * trapezoid(place, task.n_steps),
     )
     for place in range(task.n_steps):

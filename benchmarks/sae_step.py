@@ -42,6 +42,8 @@ from autoencoders.planted import PlantedDictionary
 from autoencoders.sae import SparseAutoencoder, build_autoencoder, default_learning_rate
 
 GRADIENT_CLIP = 1.0
+DEAD_AFTER = 10**7
+DEAD_SHARE = 0.05
 N_BATCHES = 4
 WARM_UP_STEPS = 3
 OURS, FASTEST = "ours BatchTopK", "eai-sparsify TopK"
@@ -108,14 +110,15 @@ def import_peers(peers_path: Path) -> None:
         importlib.import_module("sparsify")
 
 
-def our_step(sae: SparseAutoencoder, dead_after: int) -> Step:
+def our_step(sae: SparseAutoencoder, n_dead: int) -> Step:
     """One step of ours, with everything that a training does in it."""
     parameters = list(sae.parameters())
     optimizer = torch.optim.Adam(parameters, default_learning_rate(sae.n_latents), fused=True)
     silent_for = torch.zeros(sae.n_latents, dtype=torch.int64)
 
     def step(x: Tensor) -> None:
-        loss = sae.loss(x, silent_for >= dead_after)
+        silent_for[:n_dead] = DEAD_AFTER
+        loss = sae.loss(x, silent_for >= DEAD_AFTER)
         optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         sae.constrain_gradients()
@@ -145,20 +148,24 @@ def dictionary_learning_trainer(name: str, dim: int, width: int, k: int, **optio
     )
 
 
-def dictionary_learning_step(name: str, dim: int, width: int, k: int, dead_after: int) -> Step:
+def dictionary_learning_step(name: str, dim: int, width: int, k: int, n_dead: int) -> Step:
     """A step of one of its trainers."""
     trainer = dictionary_learning_trainer(name, dim, width, k, steps=10**6)
-    trainer.dead_feature_threshold = dead_after
+    trainer.dead_feature_threshold = DEAD_AFTER
     steps = iter(range(10**6))
-    return lambda x: trainer.update(next(steps), x)
+
+    def step(x: Tensor) -> None:
+        trainer.num_tokens_since_fired[:n_dead] = DEAD_AFTER
+        trainer.update(next(steps), x)
+
+    return step
 
 
 def sparsify_step(
     dim: int,
     width: int,
     k: int,
-    dead_after: int,
-    auxiliary_weight: float,
+    n_dead: int = 0,
     schedule: Callable[[int], float] = lambda step: 1.0,
 ) -> tuple[Any, Step]:
     """EAI's coder and a step as its trainer takes it."""
@@ -174,8 +181,9 @@ def sparsify_step(
         if scheduler.last_epoch == 0:
             sae.b_dec.data = x.mean(0)
         sae.set_decoder_norm_to_unit_norm()
-        out = sae(x, dead_mask=silent_for >= dead_after if auxiliary_weight else None)
-        (out.fvu + auxiliary_weight * out.auxk_loss).backward()
+        silent_for[:n_dead] = DEAD_AFTER
+        out = sae(x, dead_mask=silent_for >= DEAD_AFTER if n_dead else None)
+        (out.fvu + out.auxk_loss / 32).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
         optimizer.zero_grad()
@@ -255,7 +263,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=4096)
     parser.add_argument(
-        "--auxk", action="store_true", help="what was silent in the last batch counts as dead"
+        "--auxk",
+        action="store_true",
+        help=f"treat {DEAD_SHARE:.0%}% of the latents as dead, so that they learn from the error",
     )
     parser.add_argument("--main", action="store_true", help="only the three that targets compare")
     parser.add_argument(
@@ -272,21 +282,20 @@ def main() -> None:
     difference = gradient_difference(dim, width, k, batches[0][:1024])
     assert difference < 1e-5, f"not the same gradients: {difference}"
 
-    dead_after = size if arguments.auxk else 10**7
-    weight = 1 / 32 if arguments.auxk else 0.0
+    n_dead = round(DEAD_SHARE * width) if arguments.auxk else 0
 
     def ours(architecture: str) -> Step:
         sae = build_autoencoder(architecture, d_in=dim, n_latents=width, k=k)
         sae.initialise(batches[0])
-        return our_step(sae, dead_after)
+        return our_step(sae, n_dead)
 
     def theirs(name: str) -> Step:
-        return dictionary_learning_step(name, dim, width, k, dead_after)
+        return dictionary_learning_step(name, dim, width, k, n_dead)
 
     sides: dict[str, Step] = {
         OURS: ours("batch_topk"),
         SAME_MATHEMATICS: theirs("BatchTopK"),
-        FASTEST: sparsify_step(dim, width, k, dead_after, weight)[1],
+        FASTEST: sparsify_step(dim, width, k, n_dead)[1],
     }
     if not arguments.main:
         sides |= {

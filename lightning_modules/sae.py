@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from autoencoders.files import save_autoencoder
-from autoencoders.fit import DECAY_FRACTION, WARMUP_FRACTION, trapezoid
+from autoencoders.fit import DEAD_AFTER_EPOCHS, DECAY_FRACTION, WARMUP_FRACTION, trapezoid
 from autoencoders.metrics import ReconstructionMetrics, ReconstructionQuality
 from autoencoders.sae import (
     ARCHITECTURES,
@@ -67,11 +67,11 @@ class SAEModule(LightningModule):
         k: Active latents of a vector: exactly (topk), on average (batch_topk), or aimed at
             (jumprelu).
         options: Further arguments of the architecture's class in autoencoders.
-        lr: Learning rate; 2e-4 sqrt(2^14 / n_latents) when null.
+        lr: Learning rate; 8e-4 sqrt(2^14 / n_latents) when null.
         warmup_fraction: Share of the run in which the learning rate rises.
         decay_fraction: Share of the run in which it falls to zero, at the end.
         dead_after: Vectors without activity after which a latent is dead and auxiliary training
-            revives it; one epoch when null.
+            revives it; a fifth of an epoch when null.
     """
 
     silent_for: Tensor
@@ -132,12 +132,12 @@ class SAEModule(LightningModule):
             self.sae.initialise(self.activations.sample(N_INITIAL_VECTORS, "train"))
 
     def on_train_start(self) -> None:
-        """Count an epoch's vectors, after which a silent latent is dead."""
+        """Count the vectors after which a silent latent is dead."""
         if self._dead_after is None:
             loader = self.trainer.train_dataloader
             assert loader is not None
-            n_batches = int(self.trainer.num_training_batches)
-            self._dead_after = n_batches * int(self.trainer.datamodule.batch_size)  # pyright: ignore
+            n_vectors = self.trainer.num_training_batches * self.trainer.datamodule.batch_size  # pyright: ignore
+            self._dead_after = int(DEAD_AFTER_EPOCHS * n_vectors)
 
     def training_step(self, batch: Float[Tensor, "batch dim"], batch_idx: int) -> Tensor:
         """Loss of one batch of vectors; counts for how long each latent has been silent."""

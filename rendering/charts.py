@@ -79,7 +79,9 @@ def strength_chart(
         title: Above the figure.
         value_range: Values at the ends of the colours.
     """
-    figure, axes = _figure(1.6 + 0.55 * len(columns), 1.4 + 0.28 * len(rows))
+    # Wide enough for the title, too.
+    width = max(1.6 + 0.55 * len(columns), 0.1 * len(title))
+    figure, axes = _figure(width, 1.4 + 0.28 * len(rows))
     axes.imshow(values, cmap="viridis", vmin=value_range[0], vmax=value_range[1], aspect="auto")
     middle = sum(value_range) / 2
     for (row, column), value in np.ndenumerate(values):

@@ -71,6 +71,16 @@ def test_saved_and_loaded_is_the_same_map(architecture, tmp_path):
     torch.testing.assert_close(peer_reconstruction, sae(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_loaded_autoencoder_is_trained_on_from_where_it_was(tmp_path):
+    sae = trained("batch_topk")
+    loaded = load_autoencoder(save_autoencoder(sae, tmp_path, METADATA)).sae
+    loaded.requires_grad_(True)
+    fit_autoencoder(loaded, data(), n_steps=1, batch_size=128)
+    assert float((loaded.W_dec - sae.W_dec).abs().max()) < 0.1
+    expected = sae.variance / sae.scale.square()
+    assert float(loaded.variance) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_every_architecture_can_be_saved():
     assert set(PEER_ARCHITECTURE) == set(ARCHITECTURES)
 

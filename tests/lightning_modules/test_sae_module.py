@@ -130,7 +130,7 @@ def test_a_continued_run_keeps_scale_threshold_and_silence(tmp_path):
     assert int(again.silent_for.max()) > 0
 
 
-def test_latents_that_never_fire_are_dead_after_an_epoch(tmp_path):
+def test_latents_that_never_fire_are_dead_before_the_run_is_over(tmp_path):
     # In two epochs of 1920 vectors.
     trained, run = module(), trainer(tmp_path, 30)
     datamodule = Planted()
