@@ -405,6 +405,8 @@ class ActivationDataModule(LightningDataModule):
                 live.compute,
                 progress=self.progress,
             )
+        for name in SPLITS:
+            self._buffers[name] = self._buffer(self.split[name])
 
     def _device(self) -> torch.device:
         if self.device != "auto":
@@ -429,8 +431,6 @@ class ActivationDataModule(LightningDataModule):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; choose one of {list(SPLITS)}")
         self.source  # noqa: B018  (says what is missing)
-        if split not in self._buffers:
-            self._buffers[split] = self._buffer(self.split[split])
         return self._buffers[split]
 
     def sample(self, n: int, split: str = "train", seed: int = 0) -> Float[Tensor, "row dim"]:
