@@ -17,7 +17,7 @@ from features.concepts import Concepts
 from features.describe import position_label
 from features.peaks import find_peaks
 from features.record import FeatureRecord
-from features.statistics import associate
+from features.statistics import Associations, associate
 from features.taps import read_activations
 from policies.act import ACTPolicy
 from policies.interface import Batch, PolicyView
@@ -96,23 +96,58 @@ def find_concepts(record: FeatureRecord, concepts: Concepts) -> ConceptFindings:
     for index in (chooses, ~chooses):
         part = record.rows(index)
         halves.append(associate(_blocks(part), concepts.rows(index), part.episode_index))
-    chosen, measured = halves
-    scalars: dict[str, float] = {}
-    found: dict[int, tuple[float, str]] = {}
-    deviation = chosen.deviation.nan_to_num(-1.0)
-    for column, (name, is_binary) in enumerate(zip(chosen.names, chosen.is_binary, strict=True)):
-        latent = int(deviation[:, column].argmax())
-        value = float(measured.strength[latent, column])
-        if not np.isfinite(value):
-            continue
-        kind = "auroc" if is_binary else "r"
-        scalars[f"{kind}_{name}"] = value
-        size = float(measured.deviation[latent, column]) * (2 if is_binary else 1)
-        text = f"{name} {'AUROC' if is_binary else 'r'} {value:.2f}"
-        if size > found.get(latent, (0.0, ""))[0]:
-            found[latent] = (size, text)
-    ordered = sorted(found, key=lambda latent: -found[latent][0])
-    return ConceptFindings(scalars, {latent: found[latent][1] for latent in ordered})
+    best = best_features(*halves)
+    scalars = {f"{'auroc' if each.is_binary else 'r'}_{each.concept}": each.value for each in best}
+    return ConceptFindings(scalars, concept_titles(best))
+
+
+@dataclass(frozen=True)
+class BestFeature:
+    """The feature that tells one concept best, chosen on some frames and measured on others."""
+
+    row: int
+    """Of the associations."""
+    concept: str
+    is_binary: bool
+    value: float
+    """AUROC of a binary concept, r of a continuous one, on the frames that measure."""
+    size: float
+    """Distance from chance, 0 to 1: ``|2 AUROC - 1|`` or ``|r|``."""
+
+    @property
+    def title(self) -> str:
+        """What the feature tells, in one line."""
+        return f"{self.concept} {'AUROC' if self.is_binary else 'r'} {self.value:.2f}"
+
+
+def best_features(chooses: Associations, measures: Associations) -> list[BestFeature]:
+    """Choose a feature for every concept; none where the other frames have no value.
+
+    Args:
+        chooses: Of the frames that choose.
+        measures: Of the same features and concepts, on the frames that measure.
+    """
+    found = []
+    deviation = chooses.deviation.nan_to_num(-1.0)
+    for column, (name, is_binary) in enumerate(zip(chooses.names, chooses.is_binary, strict=True)):
+        row = int(deviation[:, column].argmax())
+        value = float(measures.strength[row, column])
+        if np.isfinite(value):
+            size = float(measures.deviation[row, column]) * (2 if is_binary else 1)
+            found.append(BestFeature(row, name, is_binary, value, size))
+    return found
+
+
+def concept_titles(best: Sequence[BestFeature]) -> dict[int, str]:
+    """Row to the title of the concept that it tells best; the strongest first.
+
+    A feature without any distance from chance has no title.
+    """
+    titles: dict[int, str] = {}
+    for each in sorted(best, key=lambda each: -each.size):
+        if each.size > 0:
+            titles.setdefault(each.row, each.title)
+    return titles
 
 
 def _blocks(record: FeatureRecord) -> Iterator[Float[Tensor, "frame _"]]:

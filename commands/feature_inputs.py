@@ -148,26 +148,18 @@ class Subject:
 
     def batch(self, episodes: Sequence[int], n_frames: int) -> "Batch":
         """Frames spread evenly over some episodes, on the policy's device."""
-        import torch
+        from callbacks.feature_findings import spread_frames
 
-        dataset = self.data.demonstrations.dataset(episodes)
-        rows = torch.linspace(0, len(dataset) - 1, min(n_frames, len(dataset))).round().long()
-        return dataset.__getitems__(rows.unique().tolist()).to(self.device)
+        return spread_frames(self.data.demonstrations, episodes, n_frames).to(self.device)
 
     def concepts(self, record: "FeatureRecord", task: "Task | None") -> "Concepts":
         """What is known of the frames of a record; at least the time in the episode."""
-        import torch
-
+        from callbacks.feature_findings import states_of
         from envs.concepts import known_concepts
         from features.concepts import Concepts, time_in_episode
 
-        store = self.data.demonstrations.store
-        states = None
-        if "simulator_state" in store.columns:
-            numbers = list(dict.fromkeys(record.episode_index.tolist()))
-            states = torch.cat(
-                [store.columns["simulator_state"][store.rows(number)] for number in numbers]
-            )
+        numbers = list(dict.fromkeys(record.episode_index.tolist()))
+        states = states_of(self.data.demonstrations, numbers)
         known = known_concepts(task, states, record.episode_index, record.frame_index)
         if known is not None:
             return known

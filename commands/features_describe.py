@@ -358,22 +358,15 @@ def _titles(found: "FeatureDescriptions", effects: "FeatureEffects | None") -> d
 
     The best feature of every concept comes first, as training frames chose it.
     """
-    train, held_out = found.train_associations, found.held_out_associations
-    latents = found.latents.tolist()
-    chosen: dict[int, tuple[float, str]] = {}
-    for column, (name, is_binary) in enumerate(zip(train.names, train.is_binary, strict=True)):
-        row = int(train.deviation[:, column].nan_to_num(-1).argmax())
-        value = float(held_out.strength[row, column])
-        size = float(held_out.deviation[row, column]) * (2 if is_binary else 1)
-        if not np.isfinite(value):
-            continue
-        text = f"{name} {'AUROC' if is_binary else 'r'} {value:.2f}"
+    from callbacks.feature_findings import best_features, concept_titles
+
+    best = best_features(found.train_associations, found.held_out_associations)
+    titles = {}
+    for row, title in concept_titles(best).items():
         if effects is not None and effects.n_frames[row] > 0:
-            text += f"; ablated {float(effects.magnitude_px[row, 0, 0]):.1f} px"
-        if size > chosen.get(latents[row], (0.0, ""))[0]:
-            chosen[latents[row]] = (size, text)
-    ordered = sorted(chosen, key=lambda latent: -chosen[latent][0])
-    return {latent: chosen[latent][1] for latent in ordered}
+            title += f"; ablated {float(effects.magnitude_px[row, 0, 0]):.1f} px"
+        titles[int(found.latents[row])] = title
+    return titles
 
 
 # The table on the screen

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from envs.replay import replay
 from envs.task import Environment, EnvironmentObservation, Task
+from features.resampling import wilson_estimate
 from policies.interface import Observation, PolicyView
 
-Z_95 = 1.959963984540054
-"""Two-sided 95 % quantile of the standard normal distribution."""
 BOOTSTRAP_RESAMPLES = 2000
 
 
@@ -165,11 +164,8 @@ class RolloutResult:
 
 def wilson_interval(n_successes: int, n_trials: int) -> tuple[float, float]:
     """95 % score interval of a rate (Wilson 1927): honest at 0 and 1 and for few trials."""
-    rate, z2 = n_successes / n_trials, Z_95**2
-    centre = (rate + z2 / (2 * n_trials)) / (1 + z2 / n_trials)
-    spread = rate * (1 - rate) / n_trials + z2 / (4 * n_trials**2)
-    half = Z_95 * spread**0.5 / (1 + z2 / n_trials)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    estimate = wilson_estimate(n_successes, n_trials)
+    return estimate.low, estimate.high
 
 
 def bootstrap_interval(values: Float[np.ndarray, " episode"]) -> tuple[float, float]:

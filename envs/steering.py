@@ -24,11 +24,10 @@ from envs.rollout import (
     RolloutResult,
     bootstrap_interval,
     rollout,
-    wilson_interval,
 )
 from envs.task import PoseParameter, Scene, Task
 from features.ood import MonitoredPolicy, OODDetector, OODMonitor, OODReading
-from features.resampling import Estimate
+from features.resampling import Estimate, wilson_estimate
 from features.splice import Splicing, splice
 from policies.ensembling import ActionQueue
 from policies.interface import Observation, PolicyView, WrappedPolicy
@@ -113,7 +112,7 @@ class SteeringResult:
         chosen = self.steered if variant is None else variant
         difference = chosen.values[quantity] - self.baseline.values[quantity]
         n_agreeing = int((sign * difference > 0).sum())
-        return Estimate(n_agreeing / len(self.seeds), *wilson_interval(n_agreeing, len(self.seeds)))
+        return wilson_estimate(n_agreeing, len(self.seeds))
 
     def summary(self) -> dict[str, float]:
         """Means of all variants, and differences with intervals, as flat numbers."""

@@ -1,7 +1,6 @@
 """Train a sparse autoencoder on a policy's activations."""
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -45,10 +44,6 @@ class Activations(Protocol):
 
     def sample(self, n: int, split: str, seed: int = 0) -> Float[Tensor, "row dim"]:
         """Draw vectors of a split."""
-        ...
-
-    def vectors(self, split: str, batch_size: int) -> Iterator[Float[Tensor, "row dim"]]:
-        """All vectors of a split, in order of time."""
         ...
 
 
