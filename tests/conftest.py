@@ -1,13 +1,20 @@
 """Settings of every test: no hub, no spinning threads, shapes checked."""
 
 import os
+from collections.abc import Callable, Iterator
+from shutil import which
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 # Two threads on two shared cores wait for each other longer than one works alone.
 torch.set_num_threads(1)
@@ -27,7 +34,62 @@ _CHECKED = (
     "envs",
     "rendering",
     "lightning_modules",
+    "browser",
 )
 # An int is a float, as everywhere in Python (PEP 484).
 _CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(_CHECKED, _CHECKER).__enter__()
+
+OpenPage = Callable[..., "Page"]
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator["Browser"]:
+    """A headless Chromium; tests that need one are skipped where there is none.
+
+    POLICYSCOPE_REQUIRE_BROWSER=1 makes its absence a failure.
+    """
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        if os.environ.get("POLICYSCOPE_REQUIRE_BROWSER") == "1":
+            pytest.fail("no Chromium on this machine")
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=found, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: "Browser") -> Iterator[OpenPage]:
+    """Opens pages; the test fails if one of them writes an error to its console."""
+    problems: list[str] = []
+    contexts = []
+
+    def open_page(url: str, width_px: int = 1400, dark: bool = False) -> "Page":
+        context = chromium.new_context(
+            viewport={"width": width_px, "height": 900},
+            color_scheme="dark" if dark else "light",
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: problems.append(f"{url}: {error}"))
+        page.on(
+            "console",
+            lambda message: (
+                problems.append(f"{url}: {message.text}")
+                if message.type in ("error", "warning")
+                else None
+            ),
+        )
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not problems

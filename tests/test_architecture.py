@@ -11,7 +11,7 @@ LEVELS = (
     {"landscapes", "attention", "autoencoders"},
     {"features"},
     {"lightning_modules", "datamodules", "envs", "rendering"},
-    {"callbacks"},
+    {"callbacks", "browser"},
     {"train", "analyze", "commands"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
