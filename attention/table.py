@@ -1,6 +1,5 @@
 """Maps as numbers: one row for each frame and method, in Parquet."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from attention.attribution import Attribution
 from attention.faithfulness import patch_grid
+from policies.atomic_files import whole_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -82,10 +82,6 @@ def write_maps(path: Path, tables: "Sequence[pyarrow.Table]") -> Path:
     import pyarrow as pa
     from pyarrow import parquet
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as temporary:
         parquet.write_table(pa.concat_tables(tables, promote_options="default"), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

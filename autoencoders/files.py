@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autoencoders.sae import SparseAutoencoder, build_autoencoder
+from policies.atomic_files import whole_file, write_atomically
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 CONFIG_FILE = "cfg.json"
@@ -114,12 +115,14 @@ def save_autoencoder(
         config |= {"k": sae.hyper_parameters["k"], "rescale_acts_by_decoder_norm": False}
     if density is not None:
         log_density = (density.double() + 1e-10).log10().float()
-        _replace(folder / SPARSITY_FILE, lambda path: save_file({"sparsity": log_density}, path))
+        with whole_file(folder / SPARSITY_FILE) as path:
+            save_file({"sparsity": log_density}, path)
     tensors = {name: value.float().cpu() for name, value in weights.items()}
-    _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
+    with whole_file(folder / WEIGHTS_FILE) as path:
+        save_file(tensors, path)
     # Last: a folder without it is none yet.
     text = json.dumps(config, indent=1) + "\n"
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / CONFIG_FILE, text)
     return folder
 
 
@@ -255,14 +258,3 @@ def _build(
         if "threshold" in shapes:
             sae.threshold.copy_(values["threshold"])
     return sae
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

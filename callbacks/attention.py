@@ -20,13 +20,13 @@ from attention.method import Method, Target
 from attention.occlusion import Occlusion
 from attention.study import Evidence, effect_numbers, explain, judge, numbers, resolution_note
 from attention.table import map_table, write_maps
-from callbacks.run_folder import write_atomically
 from callbacks.schedule import Diagnostic, is_last_validation, undisturbed
 from callbacks.views import policy_view
 from envs.replay import can_replay
 from envs.scene import scene_variants
 from envs.task import Task
 from policies.act import ACTPolicy
+from policies.atomic_files import write_atomically
 from policies.interface import Batch, Findings, PolicyView
 from rendering.attention import (
     AttentionStyle,

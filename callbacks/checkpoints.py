@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from callbacks.run_folder import CHECKPOINTS, sync_folder
+from callbacks.run_folder import CHECKPOINTS
+from policies.atomic_files import sync
 from policies.checkpoint_files import (
     CHECKPOINT_FORMAT,
     LAST_CHECKPOINT,
@@ -57,7 +58,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(target)
-            sync_folder(target.parent)
+            sync(target.parent)
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError from its zip writer.
             part.unlink(missing_ok=True)
@@ -319,4 +320,4 @@ def link_atomically(source: Path, target: Path) -> None:
     part.replace(target)
     # When both are already names of one file, POSIX rename does nothing and leaves the source.
     part.unlink(missing_ok=True)
-    sync_folder(target.parent)
+    sync(target.parent)

@@ -12,7 +12,8 @@ from typing import Any, Protocol, Self, override, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.run_folder import MEDIA, write_atomically
+from callbacks.run_folder import MEDIA
+from policies.atomic_files import write_atomically
 from policies.interface import Findings, Table
 
 INDEX = "index.json"

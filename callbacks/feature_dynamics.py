@@ -25,7 +25,6 @@ from callbacks.feature_findings import (
     spread_frames,
     states_of,
 )
-from callbacks.run_folder import write_atomically
 from callbacks.schedule import Diagnostic, undisturbed
 from callbacks.views import policy_view
 from datamodules.base import DemonstrationDataModule
@@ -34,6 +33,7 @@ from envs.task import Task
 from features.effects import behaviour_recovered
 from features.record import record_features
 from features.taps import find_tap
+from policies.atomic_files import write_atomically
 from policies.interface import Findings, Table
 from rendering.picture import write_png
 

@@ -15,7 +15,6 @@ from callbacks.feature_findings import (
     spread_frames,
     states_of,
 )
-from callbacks.run_folder import write_atomically
 from callbacks.schedule import Diagnostic, is_last_validation
 from datamodules.activations import ActivationDataModule
 from envs.concepts import known_concepts
@@ -26,6 +25,7 @@ from features.record import record_features
 from features.splice import WholeFrames, reconstruction_edit, splice
 from features.taps import TokenPosition
 from lightning_modules.sae import SAEModule
+from policies.atomic_files import write_atomically
 from policies.ensembling import ActionQueue
 from policies.interface import Findings, PolicyView
 from rendering.charts import density_chart

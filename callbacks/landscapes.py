@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.run_folder import write_atomically
 from callbacks.schedule import Diagnostic, undisturbed
 from callbacks.views import policy_view
 from envs.replay import episode_pictures
@@ -34,6 +33,7 @@ from landscapes.study import (
     sample_gap,
 )
 from policies.act import ACTPolicy
+from policies.atomic_files import write_atomically
 from policies.ensembling import ActionQueue
 from policies.interface import Batch, Findings, SamplingPolicyView, Table
 from rendering.colour import colour_table

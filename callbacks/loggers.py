@@ -27,7 +27,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks.dashboard import file_name
-from callbacks.run_folder import write_atomically
+from policies.atomic_files import write_atomically
 from policies.interface import Findings
 
 CSV_FILE = "metrics.csv"

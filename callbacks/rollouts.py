@@ -5,10 +5,10 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.run_folder import write_atomically
 from callbacks.schedule import Diagnostic
 from callbacks.views import policy_view
 from envs.task import Task
+from policies.atomic_files import write_atomically
 from policies.ensembling import ActionQueue, TemporalEnsembler
 from policies.interface import Findings, PolicyView
 

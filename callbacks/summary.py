@@ -19,7 +19,8 @@ from callbacks.checkpoints import LastCheckpoint
 from callbacks.dashboard import INDEX, Dashboard, read_index
 from callbacks.loggers import CSV_FILE, WandbLog
 from callbacks.progress import in_words
-from callbacks.run_folder import MEDIA, write_atomically
+from callbacks.run_folder import MEDIA
+from policies.atomic_files import write_atomically
 
 SUMMARY_FILE = "summary.json"
 

@@ -887,7 +887,7 @@ def _write_metrics(
     arguments: argparse.Namespace,
 ) -> None:
     from attention.study import effect_numbers
-    from callbacks.run_folder import write_atomically
+    from policies.atomic_files import write_atomically
 
     document = {
         "policy": str(subject.loaded.source),

@@ -87,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from autoencoders.files import AUTOENCODER_FOLDER, save_autoencoder
-    from callbacks.run_folder import write_atomically
     from features.ood import MAX_COVARIANCE_DIM, fit_detector, save_detector
+    from policies.atomic_files import write_atomically
 
     feature_inputs.check_at_least(arguments, LEAST)
     folder = feature_inputs.output_folder(arguments, (METRICS_FILE, DETECTOR_FOLDER))

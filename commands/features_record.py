@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from callbacks.feature_findings import quality_of
-    from callbacks.run_folder import write_atomically
     from features.record import ACTIVATIONS_FILE, FRAMES_FILE, write_record
+    from policies.atomic_files import write_atomically
 
     files = (ACTIVATIONS_FILE, FRAMES_FILE, METRICS_FILE)
     folder = feature_inputs.output_folder(arguments, files)

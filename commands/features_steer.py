@@ -142,9 +142,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from callbacks.run_folder import write_atomically
     from envs.task import Scene
     from features.effects import FeatureProbe
+    from policies.atomic_files import write_atomically
 
     _check(arguments)
     folder = feature_inputs.output_folder(arguments, (METRICS_FILE, TABLE_FILE, VIDEO_FILE))
@@ -364,10 +364,10 @@ def _open_loop(subject: Subject, probe: "FeatureProbe", arguments: argparse.Name
 
 def _write_table(path: Path, found: _OpenLoop) -> None:
     """One row for each feature that fires."""
-    import os
-
     import pyarrow as pa
     from pyarrow import parquet
+
+    from policies.atomic_files import whole_file
 
     effects, controls, doses = found.effects, found.controls, found.doses
     compared = {latent: row for row, latent in enumerate(controls.latents)}
@@ -396,12 +396,8 @@ def _write_table(path: Path, found: _OpenLoop) -> None:
                     "dose_spearman": float(doses.spearman[here, 0]),
                 }
         rows.append(row)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as temporary:
         parquet.write_table(pa.Table.from_pylist(rows, schema=_schema(rows)), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _schema(rows: Sequence[dict[str, Any]]) -> Any:

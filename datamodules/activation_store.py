@@ -16,7 +16,6 @@ first missing shard. A store that was made from something else is never used.
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import zlib
@@ -37,6 +36,7 @@ from torch import Tensor
 from datamodules.frame_store import default_cache_dir
 from datamodules.progress import progress_bar
 from features.taps import TokenPosition
+from policies.atomic_files import whole_file, write_atomically
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 
@@ -278,7 +278,7 @@ def open_or_build(
                 "statistics": None,
                 "key": None,
             }
-            _write_json(folder / _MANIFEST, manifest)
+            write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1))
         _refuse_another(folder, manifest, asked, shapes)
         _complete(folder, manifest, compute, progress)
         return ActivationStore(folder, manifest)
@@ -382,7 +382,7 @@ def _complete(
             _write_shard(folder, number, shards[number], shapes, dtype, compute, advance)
     index = folder / _INDEX
     if not _same_index(index, shapes):
-        with _written(index) as part:
+        with whole_file(index) as part:
             save_file(shapes.index(), part)
     if manifest["statistics"] is None:
         maps = (
@@ -391,7 +391,7 @@ def _complete(
         )
         manifest["statistics"] = _measure(found[0] for found in maps if found is not None)
         manifest["key"] = _content_key(manifest)
-        _write_json(folder / _MANIFEST, manifest)
+        write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -414,7 +414,7 @@ def _write_shard(
             shard[start:stop] = rounded(compute(piece), dtype)
             advance(len(piece))
     checksum = zlib.crc32(_bits(shard).numpy())
-    with _written(_shard(folder, number)) as part:
+    with whole_file(_shard(folder, number)) as part:
         save_file({_TENSOR: shard}, part, {"crc32": str(checksum)})
 
 
@@ -508,29 +508,3 @@ def _locked(lock: Any, folder: Path) -> Iterator[None]:
             print(f"Another run is writing activations to {folder}; waiting.", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _written(file: Path) -> Iterator[Path]:
-    """Let a file appear complete or not at all."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        yield part
-        _sync(part)
-        os.rename(part, file)
-        _sync(file.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    with _written(file) as part:
-        part.write_text(json.dumps(content, indent=1))

@@ -25,6 +25,7 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from datamodules.progress import progress_bar
+from policies.atomic_files import sync
 
 Storage = Literal["ram", "memmap", "gpu"]
 
@@ -321,7 +322,7 @@ def _open_or_build(
             _build(building, shapes, fill, identity, progress)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(building, folder)
-            _sync(root)
+            sync(root)
         finally:
             shutil.rmtree(building, ignore_errors=True)
         store = _open(folder, shapes)
@@ -390,15 +391,7 @@ def _build(
     manifest = {"code": CODE_VERSION, "shapes": asdict(shapes), "identity": dict(identity)}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     for file in (*folder.iterdir(), folder):
-        _sync(file)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(file)
 
 
 def _sweep(root: Path, key: str, identity: Mapping) -> None:

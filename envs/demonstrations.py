@@ -27,9 +27,9 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +41,7 @@ from jaxtyping import Bool, Float32
 
 from envs.expert import EXPERT_VERSION, ExpertConfig, PushTExpert
 from envs.push_t import PushT, PushTTask
+from policies.atomic_files import whole_file
 
 if TYPE_CHECKING:
     import h5py
@@ -213,26 +214,6 @@ def serve() -> None:
             answers.flush()
 
 
-@contextmanager
-def _atomic(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary path whose file takes ``path``'s place, on disk, when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        if not overwrite and path.exists():
-            raise FileExistsError(f"{path} appeared meanwhile; give another path or overwrite=True")
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def collect(
     path: str | Path,
     n_episodes: int,
@@ -289,7 +270,7 @@ def collect(
     episodes = _demonstrations(
         seed * SEEDS_PER_DATASET, image_size, config, max_steps, min(workers, n_episodes)
     )
-    with _atomic(path, overwrite) as temporary, bar:
+    with whole_file(path, overwrite) as temporary, bar:
         shown = bar.add_task("Demonstrations", total=n_episodes)
         try:
             with h5py.File(temporary, "w") as file:

@@ -6,7 +6,6 @@ and dozens of concepts, the best of many would look good by chance alone.
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from features.record import FeatureRecord
 from features.statistics import LEVEL, Associations, associate
 from features.taps import TokenPosition
 from landscapes.grid import Grid
+from policies.atomic_files import whole_file, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow
@@ -359,10 +359,11 @@ def write_descriptions(
     table = descriptions.to_table()
     for name, values in (columns or {}).items():
         table = table.append_column(name, pa.array(values))
-    _replace(folder / TABLE_FILE, lambda path: parquet.write_table(table, path))
+    with whole_file(folder / TABLE_FILE) as path:
+        parquet.write_table(table, path)
     found = {**descriptions.summary(), **(summary or {})}
     text = json.dumps(found, indent=2, allow_nan=False)
-    _replace(folder / SUMMARY_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / SUMMARY_FILE, text)
     return folder
 
 
@@ -418,13 +419,3 @@ def _entry(values: Tensor | None, row: int, column: int) -> float | None:
 
 def _plain(values: Float[Tensor, " latent"]) -> Sequence[float | None]:
     return [_number(value) for value in values.tolist()]
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file that is complete, or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

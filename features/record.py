@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from torch import Tensor
 from autoencoders.sae import SparseAutoencoder
 from features.episodes import number_episodes
 from features.taps import TokenPosition
+from policies.atomic_files import whole_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -413,9 +413,9 @@ def _write(path: Path, schema: "pyarrow.Schema", tables: "Iterable[pyarrow.Table
     """Write tables below each other; complete, or not at all."""
     from pyarrow import parquet
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with parquet.ParquetWriter(
+    with (
+        whole_file(path) as temporary,
+        parquet.ParquetWriter(
             temporary,
             schema,
             compression="zstd",
@@ -425,9 +425,7 @@ def _write(path: Path, schema: "pyarrow.Schema", tables: "Iterable[pyarrow.Table
                 each.name: "BYTE_STREAM_SPLIT" if each.name == "value" else "DELTA_BINARY_PACKED"
                 for each in schema
             },
-        ) as writer:
-            for table in tables:
-                writer.write_table(table.cast(schema), row_group_size=ROWS_AT_ONCE)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        ) as writer,
+    ):
+        for table in tables:
+            writer.write_table(table.cast(schema), row_group_size=ROWS_AT_ONCE)

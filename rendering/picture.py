@@ -1,10 +1,11 @@
 """One picture in, a file out."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+
+from policies.atomic_files import whole_file
 
 
 def write_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]) -> Path:
@@ -16,10 +17,6 @@ def write_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]) -> Path:
     import cv2
 
     _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_bytes(encoded.tobytes())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

@@ -13,7 +13,6 @@ from callbacks.run_folder import (
     create_run_folder,
     last_run_folder,
     point_last_at,
-    write_atomically,
     write_beside,
 )
 
@@ -82,16 +81,6 @@ def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path: Path) ->
     assert other_process() == 3
     lock.release()
     assert other_process() == 0
-
-
-def test_a_text_is_replaced_whole_with_ordinary_permissions(tmp_path: Path) -> None:
-    file = tmp_path / "summary.json"
-    write_atomically(file, "old")
-    write_atomically(file, "new")
-    (tmp_path / "plain").write_text("x")
-    assert file.read_text() == "new"
-    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
-    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "plain"}
 
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
