@@ -47,6 +47,7 @@ from callbacks.interruption import StopOnSignal
 from callbacks.loggers import CsvLog, WandbLog
 from callbacks.non_finite import NonFiniteStop
 from callbacks.progress import RunProgress
+from callbacks.report import Report
 from callbacks.run_config import CONFIG_FILE, RunConfig
 from callbacks.run_folder import (
     CHECKPOINTS,
@@ -275,6 +276,7 @@ class TrainCLI(LightningCLI):
             ExactResume(),
             NonFiniteStop(),
             Dashboard(),
+            Report(),
             RunSummary(),
         ]
         if trainer.enable_progress_bar is not False:

@@ -23,6 +23,7 @@ from callbacks.run_folder import MEDIA
 from policies.atomic_files import write_atomically
 
 SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report/index.html"
 
 _IMPORTED_S = time.monotonic()
 
@@ -40,8 +41,9 @@ class RunSummary(Callback):
     """Writes ``summary.json`` and prints a table when training ends.
 
     The file holds the last value of every logged number, ``wall_s``, ``status``, and the paths of
-    ``checkpoint`` (the best one), ``last_checkpoint``, ``video`` (of the rollouts, where there are
-    some) and ``videos`` (the newest of each name), relative to the run folder.
+    ``checkpoint`` (the best one), ``last_checkpoint``, ``report`` (the page to open), ``video`` (of
+    the rollouts, where there are some) and ``videos`` (the newest of each name), relative to the
+    run folder.
     ``wall_s`` adds up the processes of a run that was continued, each up to the checkpoint that
     the next one started from.
 
@@ -133,6 +135,7 @@ def _files(trainer: Trainer, run: Path) -> dict[str, Any]:
     return {
         "checkpoint": best or last,
         "last_checkpoint": last,
+        "report": inside(run / REPORT_FILE),
         "video": videos.get("rollout/video") or next(iter(videos.values()), None),
         "videos": videos,
     }
@@ -151,6 +154,7 @@ def _table(trainer: Trainer, summary: Mapping[str, Any], keys: Sequence[str]) ->
     table.add_section()
     table.add_row("run folder", _short(run))
     for label, key in (
+        ("report", "report"),
         ("best checkpoint", "checkpoint"),
         ("last checkpoint", "last_checkpoint"),
     ):
