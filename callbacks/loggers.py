@@ -33,6 +33,8 @@ from policies.interface import Findings
 CSV_FILE = "metrics.csv"
 WANDB_FOLDER = "wandb"
 WANDB_ID_FILE = "run_id"
+PROJECT = "policyscope"
+"""W&B project of runs that name none."""
 
 
 class GatheredRows:
@@ -136,6 +138,7 @@ class CsvLog(GatheredRows, Logger):
     @override
     @rank_zero_only
     def rewind(self, step: int) -> None:
+        self._columns = self._continue_file()
         columns, rows = _read_rows(self.path)
         kept = [row for row in rows if float(row.get("step") or 0) <= step]
         if len(kept) < len(rows):
@@ -149,6 +152,14 @@ class CsvLog(GatheredRows, Logger):
         self._held = None
         self.sync()
 
+    def _continue_file(self) -> list[str]:
+        """Return the columns of an earlier process, without a last line that it did not finish."""
+        columns, rows = _read_rows(self.path)
+        # Only who writes the run mends its file: a reader may look while a line is written.
+        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
+            write_atomically(self.path, _as_text(columns, rows, header=True))
+        return columns
+
     def sync(self) -> None:
         """Bring all rows to the disk."""
         if self.path.is_file():
@@ -160,7 +171,7 @@ class CsvLog(GatheredRows, Logger):
     def _write(self, row: dict[str, Any], media: Findings, step: int) -> None:
         row = {"step": step, **row}
         if self._columns is None:
-            self._columns = _read_rows(self.path)[0]
+            self._columns = self._continue_file()
         new = [key for key in row if key not in self._columns]
         if new:
             columns = [*self._columns, *new]
@@ -182,15 +193,18 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     return [{key: float(value) for key, value in row.items() if value != ""} for row in rows]
 
 
+def read_columns(path: str | os.PathLike[str]) -> list[str]:
+    """Read the names of all numbers in ``metrics.csv``, in the order in which they appeared."""
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
+
+
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Return columns and rows; a last line that was cut short is left out."""
     if not path.is_file():
         return [], []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomically(path, whole)
-    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     return list(reader.fieldnames or []), list(reader)
 
 
@@ -229,7 +243,7 @@ class WandbLog(GatheredRows, WandbLogger):
 
     def __init__(
         self,
-        project: str = "policyscope",
+        project: str = PROJECT,
         name: str | None = None,
         offline: bool | None = None,
         save_dir: str | None = None,
@@ -387,12 +401,13 @@ class WandbLog(GatheredRows, WandbLogger):
             return ("offline", "offline: true") if self._stay_offline else ("online", "")
         if asked in {"offline", "dryrun"}:
             return "offline", f"WANDB_MODE={asked}"
-        if asked == "online" or os.environ.get("WANDB_API_KEY") or _logged_in():
+        if asked == "online" or os.environ.get("WANDB_API_KEY") or logged_in():
             return "online", ""
         return "offline", "no WANDB_API_KEY"
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
+    """Tell whether ``wandb login`` left a key for the server in use."""
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         return netrc.netrc().authenticators(urlsplit(server).hostname or "") is not None

@@ -1,13 +1,18 @@
-"""Settings of every test: no hub, no spinning threads, shapes checked."""
+"""Settings of every test: no hub, one thread a process, shapes checked."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+# Without bytecode on the disk, each process of the suite compiles torch and all the rest again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 import torch
@@ -15,6 +20,8 @@ from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+
+sys.dont_write_bytecode = False  # here too, whatever this process was told
 
 # Two threads on two shared cores wait for each other longer than one works alone.
 torch.set_num_threads(1)
@@ -41,6 +48,12 @@ _CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(_CHECKED, _CHECKER).__enter__()
 
 OpenPage = Callable[..., "Page"]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Share folders of tests among workers; files and tests that are named start quicker alone."""
+    named = [Path(argument.partition("::")[0]) for argument in config.args]
+    return 0 if all(path.is_file() for path in named) else None
 
 
 @pytest.fixture(scope="session")

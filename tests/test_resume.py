@@ -231,6 +231,8 @@ def killed(folder: str, step: int, resume: bool, workers: int) -> None:
     """Train in a process of its own until it kills itself in mid-epoch."""
     from toy import KillAt
 
+    # As outside of tests: loader workers are children of what is killed, and end with it.
+    multiprocessing.set_start_method("fork", force=True)
     run(
         Path(folder),
         KillAt(step),
@@ -242,10 +244,14 @@ def killed(folder: str, step: int, resume: bool, workers: int) -> None:
 
 
 @pytest.mark.parametrize(("workers", "kills"), [(0, 3), (2, 1)])
-def test_kill_9_and_resume_again_and_again(tmp_path: Path, workers: int, kills: int) -> None:
+def test_kill_9_and_resume_again_and_again(
+    tmp_path: Path, workers: int, kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Checkpoints are three steps apart: what was trained since is trained again."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["toy"])
+    # The server hears of this path in no other way; without it each victim imports everything.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    processes.set_forkserver_preload([__name__])
     chance = random.Random(workers)
     steps = sorted(chance.sample([5, 6, 7, 9, 10, 13, 14, 16, 17, 20, 21], kills))
     for count, step in enumerate(steps):

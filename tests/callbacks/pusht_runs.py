@@ -18,7 +18,7 @@ from callbacks.checkpoints import AtomicCheckpointIO
 from callbacks.dashboard import Dashboard
 from callbacks.loggers import CsvLog, WandbLog
 from datamodules.hdf5 import HDF5DataModule
-from envs.push_t import PushT
+from envs.push_t import PushT, PushTTask
 from lightning_modules.act import ActModule
 from lightning_modules.lerobot_policy import LeRobotPolicyModule
 
@@ -47,6 +47,13 @@ LEROBOT_ACT = {
     "n_encoder_layers": 1,
     "n_vae_encoder_layers": 1,
 }
+
+
+@dataclass(frozen=True)
+class ShortPushT(PushTTask):
+    """Episodes long enough for what happens around them, for ``--task pusht_runs.ShortPushT``."""
+
+    max_steps: int = 40
 
 
 def write_pusht(path: Path, size: int, states: bool = True) -> Path:

@@ -65,6 +65,20 @@ def test_rewinding_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     assert read_metrics(log.path)[-1] == {"step": 3, "loss": 9.0, "new": 1.0}
 
 
+def test_a_reader_leaves_a_line_that_is_being_written_alone_and_the_next_writer_drops_it(
+    tmp_path: Path,
+) -> None:
+    CsvLog(str(tmp_path)).log_metrics({"loss": 1.0}, 1)
+    file = tmp_path / "metrics.csv"
+    with file.open("a") as stream:
+        stream.write("2,0.1")
+    before = file.read_bytes()
+    assert [row["step"] for row in read_metrics(file)] == [1]
+    assert file.read_bytes() == before
+    CsvLog(str(tmp_path)).log_metrics({"loss": 3.0}, 3)
+    assert read_metrics(file) == [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 3.0}]
+
+
 def test_logs_that_are_held_become_one_row(tmp_path: Path) -> None:
     log = CsvLog(str(tmp_path))
     log.hold()

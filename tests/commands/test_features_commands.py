@@ -140,6 +140,7 @@ def test_rollouts_are_paired_with_controls_and_filmed(inputs, tmp_path):
     assert command("steer", inputs, open_loop, "--episode_idx", "all", "--n_features", 4) == 0
     (latent,) = live(open_loop, 1)
     words = ("--episode_idx", "all", "--latents", latent, "--clamp", 5, "--n_rollouts", 1)
+    words = (*words, "--task", "pusht_runs.ShortPushT")
     closed = tmp_path / "closed"
     assert command("steer", inputs, closed, *words, "--n_controls", 1) == 0
     rollouts = json.loads((closed / "metrics.json").read_text())["rollouts"]

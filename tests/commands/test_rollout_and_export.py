@@ -77,7 +77,7 @@ def rollout(policy, folder, *more):
 def test_one_row_a_variant_with_intervals_and_a_video(checkpoint, tmp_path, capsys):
     folder = tmp_path / "out"
     more = ("--n_action_steps", "2", "6", "--temporal_ensemble_coeff", "0.01")
-    assert rollout(checkpoint, folder, *more) == 0
+    assert rollout(checkpoint, folder, *more, "--task", "pusht_runs.ShortPushT") == 0
     result = json.loads((folder / "rollout.json").read_text())
     assert result["complete"]
     assert [row["variant"] for row in result["rows"]] == ["queue2", "queue6", "ensemble0.01"]

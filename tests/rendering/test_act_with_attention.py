@@ -19,14 +19,21 @@ from rendering.act_with_attention import ACTPolicyWithAttention
 N_STEPS = 200
 
 
-@pytest.mark.parametrize("force_model_run", [True, False])
-@pytest.mark.parametrize("coefficient", [None, 0.01])
-def test_lerobots_actions_stay_the_same_bits(coefficient, force_model_run):
+@pytest.fixture(scope="module", params=[None, 0.01])
+def acted_alone(request):
+    """LeRobot's policy, what it sees, and what it does without the wrapper."""
+    coefficient = request.param
     more = {} if coefficient is None else {"temporal_ensemble_coeff": 0.01, "n_action_steps": 1}
     policy, preprocessor, _ = lerobot_policy("act", **more)
     observations = [to_lerobot(each) for each in episode(N_STEPS)]
     policy.reset()
     plain = torch.cat([policy.select_action(preprocessor(dict(each))) for each in observations])
+    return policy, preprocessor, observations, plain, coefficient
+
+
+@pytest.mark.parametrize("force_model_run", [True, False])
+def test_lerobots_actions_stay_the_same_bits(acted_alone, force_model_run):
+    policy, preprocessor, observations, plain, coefficient = acted_alone
     wrapped = ACTPolicyWithAttention(policy, preprocessor)
     wrapped.reset()
     actions, n_maps = [], 0
