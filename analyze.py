@@ -96,6 +96,30 @@ COMMANDS = {
         required=("policy_path", "dataset_repo_id", "output_dir"),
         optional=("task", "device", "revision", "stats_from_data"),
     ),
+    "browse": Command(
+        "commands.browse",
+        "a page on this computer: features with their clips and effects, landscapes by hand",
+        required=("policy_path",),
+        optional=(
+            "dataset_repo_id",
+            "output_dir",
+            "task",
+            "device",
+            "revision",
+            "stats_from_data",
+        ),
+        several=("policy_path",),
+    ),
+    "report": Command(
+        "commands.report",
+        "one page of a run, or of several side by side: pictures, curves, tables, config",
+        optional=("output_dir",),
+    ),
+    "workspace": Command(
+        "commands.workspace",
+        "what W&B shows of a run: panels in sections, and a report on how to read them",
+        required=("output_dir",),
+    ),
     "export": Command(
         "commands.export",
         "write a policy trained here as a LeRobot folder",

@@ -19,18 +19,25 @@ if TYPE_CHECKING:
     from features.record import FeatureRecord
     from features.taps import TokenPosition
     from policies.interface import Batch, PolicyView
+    from policies.loading import LoadedPolicy
 
 FRAME = "frame"
 """Name of the only token of an autoencoder whose vectors are whole frames."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what all commands on features take."""
+    """Add what all commands on features take that write one folder."""
+    add_subject_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace files in --output_dir")
+
+
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`open_subject` needs beside the shared options."""
     parser.add_argument(
         "--sae_path",
-        required=True,
         metavar="PATH",
-        help="folder of an autoencoder (ours, or SAELens's), or of a run that trained one",
+        help="folder of an autoencoder (ours, or SAELens's), or of a run that trained one "
+        "(default: the one that the policy's own run left)",
     )
     parser.add_argument(
         "--layer",
@@ -48,7 +55,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames that go through the policy together; changes no result",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files in --output_dir")
+
+
+def run_folder(policy_path: str) -> Path | None:
+    """The folder of the run that a path leads to; None for what is no run of ours."""
+    path = Path(policy_path).expanduser()
+    if path.is_file():
+        path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return path if (path / "checkpoints").is_dir() else None
+
+
+def own_autoencoder(policy_path: str, policy: "LoadedPolicy") -> Path | None:
+    """The autoencoder that a policy's run left, of its own step or else the newest, said then.
+
+    Args:
+        policy_path: As given on the command line.
+        policy: What it led to.
+
+    Returns:
+        Its folder; None where there is none.
+    """
+    from autoencoders.files import AUTOENCODER_FOLDER, CONFIG_FILE
+    from policies.checkpoint_files import read_checkpoint
+
+    folder = run_folder(policy_path)
+    if folder is None or policy.kind != "policyscope":
+        return None
+    if (folder / AUTOENCODER_FOLDER / CONFIG_FILE).is_file():
+        return folder / AUTOENCODER_FOLDER
+    found = {
+        int(file.parts[-4].removeprefix("step_")): file.parent
+        for file in folder.glob(f"media/step_*/*/{AUTOENCODER_FOLDER}/{CONFIG_FILE}")
+    }
+    if not found:
+        return None
+    step = read_checkpoint(policy.source)["global_step"]
+    if step not in found:
+        newest = max(found)
+        print(f"{folder}: left no autoencoder of step {step}, the policy's; taking step {newest}")
+        step = newest
+    return found[step]
 
 
 @dataclass(frozen=True)
@@ -180,13 +226,6 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
     if arguments.batch_size < 1:
         raise ValueError(f"--batch_size {arguments.batch_size}: give at least 1")
     where = device(arguments.device)
-    loaded = load_autoencoder(arguments.sae_path, where)
-    made_from = loaded.metadata
-    if arguments.layer and made_from.get("layer", arguments.layer) != arguments.layer:
-        raise ValueError(
-            f"--layer {arguments.layer}: the autoencoder was trained on layer "
-            f"{made_from['layer']!r}; leave it out"
-        )
     (policy,) = load_policies(
         [arguments.policy_path],
         arguments.dataset_repo_id,
@@ -194,6 +233,19 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
         arguments.revision,
         arguments.stats_from_data,
     )
+    sae_path = arguments.sae_path or own_autoencoder(arguments.policy_path, policy)
+    if sae_path is None:
+        raise ValueError(
+            f"--policy_path {arguments.policy_path}: its run left no autoencoder; give one with "
+            "--sae_path (train.py fit -c configs/experiment/sae_act.yaml trains one)"
+        )
+    loaded = load_autoencoder(sae_path, where)
+    made_from = loaded.metadata
+    if arguments.layer and made_from.get("layer", arguments.layer) != arguments.layer:
+        raise ValueError(
+            f"--layer {arguments.layer}: the autoencoder was trained on layer "
+            f"{made_from['layer']!r}; leave it out"
+        )
     sampling = made_from.get("token_sampling", {"method": "all", "ratio": 8, "seed": 0})
     data = ActivationDataModule(
         arguments.policy_path,
@@ -213,13 +265,13 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
     data.loaded_policy = policy
     if data.d_in != loaded.sae.d_in:
         raise ValueError(
-            f"--sae_path {arguments.sae_path}: takes vectors of {loaded.sae.d_in} dimensions, "
+            f"--sae_path {sae_path}: takes vectors of {loaded.sae.d_in} dimensions, "
             f"layer {data.layer!r} gives {data.d_in}; give the autoencoder of this layer"
         )
     expected = made_from.get("policy_hash")
     if expected and expected != data.policy_hash and not arguments.other_policy:
         raise ValueError(
-            f"--sae_path {arguments.sae_path}: was trained on the policy {made_from['policy']}, "
+            f"--sae_path {sae_path}: was trained on the policy {made_from['policy']}, "
             f"whose weights are not those of {arguments.policy_path}; give that one, or say "
             "--other_policy"
         )

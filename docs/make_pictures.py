@@ -1,0 +1,136 @@
+"""Make the pictures of README and docs again, from a finished demo run and a steering film.
+
+python docs/make_pictures.py --run_dir outputs/demo/last --steer_dir outputs/steer
+
+Needs a Chromium. Pictures are small on purpose: at most 256 colours, at most 1000 px wide.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).parent.parent
+WIDTH_PX = 1000
+STRIPS = {
+    "landscape/strip": "landscape_strip.png",
+    "attention/strip": "attention_strip.png",
+    "features/strip": "features_strip.png",
+}
+
+
+def main() -> None:
+    """Write all pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run_dir", type=Path, default=ROOT / "outputs/demo/last")
+    parser.add_argument("--steer_dir", type=Path, default=ROOT / "outputs/steer")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "docs/images")
+    parser.add_argument("--feature", type=int, help="feature to show in the browser")
+    arguments = parser.parse_args()
+    home = arguments.output_dir
+    home.mkdir(parents=True, exist_ok=True)
+    media = json.loads((arguments.run_dir / "media/index.json").read_text())
+    newest = media[max(media, key=int)]
+    for key, name in STRIPS.items():
+        save(home / name, Image.open(arguments.run_dir / newest["images"][key]))
+    animate(home / "rollouts.webp", arguments.run_dir / newest["videos"]["rollout/video"])
+    film = arguments.steer_dir / "rollouts.mp4"
+    if film.is_file():
+        animate(home / "steering.webp", film)
+    pages(arguments.run_dir, home, arguments.feature)
+    for file in sorted(home.iterdir()):
+        print(f"{file.stat().st_size / 1024:6.0f} KiB  {file}")
+
+
+def save(path: Path, picture: Image.Image, width_px: int = WIDTH_PX) -> None:
+    """Write a picture with few colours, no wider than asked."""
+    picture = picture.convert("RGB")
+    if picture.width > width_px:
+        height_px = round(picture.height * width_px / picture.width)
+        picture = picture.resize((width_px, height_px), Image.Resampling.LANCZOS)
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def animate(path: Path, film: Path, width_px: int = 640, every: int = 4, n_most: int = 70) -> None:
+    """Write a film as a small animated WebP that loops."""
+    frames = []
+    with av.open(str(film)) as container:
+        fps = float(container.streams.video[0].average_rate or 10)
+        for place, frame in enumerate(container.decode(video=0)):
+            if place % every == 0 and len(frames) < n_most:
+                picture = Image.fromarray(np.asarray(frame.to_ndarray(format="rgb24")))
+                if picture.width > width_px:
+                    height_px = round(picture.height * width_px / picture.width)
+                    picture = picture.resize((width_px, height_px), Image.Resampling.LANCZOS)
+                frames.append(picture)
+    # Four times as fast as it was filmed.
+    frames[0].save(
+        path,
+        save_all=True,
+        append_images=frames[1:],
+        duration=max(20, round(1000 / fps)),
+        loop=0,
+        quality=60,
+        method=6,
+    )
+
+
+def pages(run: Path, home: Path, feature: int | None) -> None:
+    """Photograph the report, the feature browser and the landscape explorer."""
+    with sync_playwright() as playwright, browsing(run) as address:
+        browser = playwright.chromium.launch(
+            executable_path=which("chromium") or which("google-chrome"), args=["--no-sandbox"]
+        )
+        report = (run / "report/index.html").resolve().as_uri()
+        hash_ = f"#features/{feature}" if feature is not None else "#features"
+        for name, url, size, dark in (
+            ("report.png", report, (1280, 1250), False),
+            ("report_phone.png", report, (390, 844), True),
+            ("browser.png", f"{address}{hash_}", (1280, 1250), False),
+            ("explorer.png", f"{address}#landscape", (1280, 900), False),
+        ):
+            context = browser.new_context(
+                viewport={"width": size[0], "height": size[1]},
+                color_scheme="dark" if dark else "light",
+            )
+            page = context.new_page()
+            page.goto(url)
+            page.wait_for_timeout(4000)
+            save(home / name, photograph(page))
+            context.close()
+        browser.close()
+
+
+def photograph(page: Page) -> Image.Image:
+    """What a page shows now."""
+    import io
+
+    return Image.open(io.BytesIO(page.screenshot()))
+
+
+@contextmanager
+def browsing(run: Path) -> Iterator[str]:
+    """Serve the browser of a run while the block lasts; gives its address."""
+    command = [sys.executable, str(ROOT / "analyze.py"), "browse", "--policy_path", str(run)]
+    server: subprocess.Popen[Any] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        line = next(line for line in server.stdout if line.startswith("http"))
+        yield line.split()[0].rstrip("/") + "/"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main()
