@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Read when torch is imported. While a pose is dragged, its threads wait more than they work;
+# spinning, they wait for each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from commands import feature_inputs, features_describe
 from commands.feature_inputs import Subject
 from commands.inputs import device, load_policies, task_class, task_for
@@ -79,8 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: For anything wrong with the arguments, policies, autoencoder, data or notes.
     """
-    # While a pose is dragged, threads wait more than they work; spinning, they wait for each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from browser.server import address, bind, create_app, serve
 
     feature_inputs.check_at_least(
