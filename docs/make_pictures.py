@@ -2,7 +2,7 @@
 
 python docs/make_pictures.py --run_dir outputs/demo/last --steer_dir outputs/steer
 
-Needs a Chromium. Pictures are small on purpose: at most 256 colours, at most 1000 px wide.
+Needs a Chromium. Pictures are small on purpose: WebP, at most 1000 px wide.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from playwright.sync_api import Page, sync_playwright
 ROOT = Path(__file__).parent.parent
 WIDTH_PX = 1000
 STRIPS = {
-    "landscape/strip": "landscape_strip.png",
-    "attention/strip": "attention_strip.png",
-    "features/strip": "features_strip.png",
+    "landscape/strip": "demo_landscape.webp",
+    "attention/strip": "demo_attention.webp",
+    "features/strip": "demo_features.webp",
 }
 
 
@@ -53,12 +53,12 @@ def main() -> None:
 
 
 def save(path: Path, picture: Image.Image, width_px: int = WIDTH_PX) -> None:
-    """Write a picture with few colours, no wider than asked."""
+    """Write a picture no wider than asked."""
     picture = picture.convert("RGB")
     if picture.width > width_px:
         height_px = round(picture.height * width_px / picture.width)
         picture = picture.resize((width_px, height_px), Image.Resampling.LANCZOS)
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.save(path, quality=88, method=6)
 
 
 def animate(path: Path, film: Path, width_px: int = 640, every: int = 4, n_most: int = 70) -> None:
@@ -94,10 +94,10 @@ def pages(run: Path, home: Path, feature: int | None) -> None:
         report = (run / "report/index.html").resolve().as_uri()
         hash_ = f"#features/{feature}" if feature is not None else "#features"
         for name, url, size, dark in (
-            ("report.png", report, (1280, 1250), False),
-            ("report_phone.png", report, (390, 844), True),
-            ("browser.png", f"{address}{hash_}", (1280, 1250), False),
-            ("explorer.png", f"{address}#landscape", (1280, 900), False),
+            ("report.webp", report, (1280, 1250), False),
+            ("report_phone.webp", report, (390, 844), True),
+            ("browser.webp", f"{address}{hash_}", (1280, 1250), False),
+            ("explorer.webp", f"{address}#landscape", (1280, 900), False),
         ):
             context = browser.new_context(
                 viewport={"width": size[0], "height": size[1]},
