@@ -49,3 +49,24 @@ def test_the_two_commands_are_those_of_the_continuous_integration():
     assert "pip install uv && uv run python train.py" in readme
     assert "\nuv run pytest" in readme
     assert "\nuv run pytest\n" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda each: each.name
+)
+def test_what_a_document_links_to_is_there(document):
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        if "://" in target:
+            continue
+        there = (document.parent / path) if path else document
+        assert there.exists(), target
+        if heading:
+            assert heading in headings(there), target
+
+
+def headings(document):
+    """Anchors of a document's headings."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
