@@ -527,8 +527,8 @@ class Explorer:
         return cls(subjects)
 
     def close(self) -> None:
-        """Free simulators and the thread."""
-        self._worker.shutdown()
+        """Free simulators and the thread; questions that wait are dropped."""
+        self._worker.shutdown(cancel_futures=True)
         for subject in self.subjects:
             if subject.env is not None:
                 subject.env.close()

@@ -5,6 +5,7 @@ this host (a foreign name that resolves to 127.0.0.1 does not), what changes som
 from our own page, and nothing is shared with other origins.
 """
 
+import asyncio
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
@@ -169,7 +170,12 @@ class OnlyOwnPage:
             answer = JSONResponse({"error": reason}, status_code=status)
             await answer(scope, receive, send_with_headers)
             return
-        await self.app(scope, _bounded(receive), send_with_headers)
+        try:
+            await self.app(scope, _bounded(receive), send_with_headers)
+        except asyncio.CancelledError:
+            # The server stops while an answer is computed.
+            answer = JSONResponse({"error": "the server stops"}, status_code=503)
+            await answer(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Status and reason; None for what may pass."""
@@ -222,6 +228,8 @@ def bind(port: int = 0) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
+        # Only now it is ours alone; connections that come before they are accepted wait.
+        listening.listen()
     except (OSError, OverflowError) as error:
         listening.close()
         raise ValueError(
@@ -255,8 +263,6 @@ def serving(app: Starlette, port: int = 0) -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        # Connections that come before it accepts them wait in the socket's queue.
-        listening.listen()
         yield address(listening)
     finally:
         # A page that is still open may keep its connections; nobody waits for answers here.

@@ -1,6 +1,7 @@
 """``analyze.py browse``: a page on this computer to look through features and landscapes."""
 
 import argparse
+import contextlib
 import json
 import os
 import tempfile
@@ -38,6 +39,8 @@ DESCRIBE_OPTIONS = {
 MATCHING_SHARE = 0.99
 """Of a recorded episode's activity that is found again when it is recorded anew; what is missing
 is rounding, on another device, near the threshold."""
+FORMAT = 1
+"""Of the descriptions that are kept; counts up when the page needs others."""
 N_STRIP_FEATURES = 16
 CHANGED_VALUE = 0.02
 """Relative change of an activation up to which it is the same: stored activations are float16."""
@@ -67,14 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"of the first start: {text} (default: {default})",
         )
-    parser.add_argument(
-        "--queries",
-        type=int,
-        nargs="+",
-        default=[0],
-        metavar="K",
-        help="of the first start: chunk steps whose actions effects are measured on (default: 0)",
-    )
+    feature_inputs.add_queries(parser, "of the first start: ")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -89,8 +85,18 @@ def run(arguments: argparse.Namespace) -> int:
         arguments, {name: features_describe.LEAST[name] for name in DESCRIBE_OPTIONS}
     )
     # Taken first: a port that is in use should not be said after minutes.
-    with bind(arguments.port) as listening, tempfile.TemporaryDirectory() as clips:
-        session = open_session(arguments, Path(clips))
+    with (
+        bind(arguments.port) as listening,
+        tempfile.TemporaryDirectory() as clips,
+        contextlib.ExitStack() as at_the_end,
+    ):
+        try:
+            session = open_session(arguments, Path(clips))
+        except KeyboardInterrupt:
+            print("\nstopped before the page was ready; the next start begins again")
+            return 130
+        if session.explorer is not None:
+            at_the_end.callback(session.explorer.close)
         app = create_app(session.library, session.explorer, session.notes, session.about)
         where = address(listening)
         print(f"{where}  (Ctrl-C stops)", flush=True)
@@ -265,6 +271,7 @@ def _settings(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]
     from browser.notes import autoencoder_hash
 
     return {
+        "format": FORMAT,
         "policy": subject.data.policy_hash,
         "autoencoder": autoencoder_hash(subject.loaded),
         "layer": subject.layer,
@@ -278,12 +285,12 @@ def _why_anew(folder: Path, settings: Mapping[str, Any], subject: Subject) -> st
     """What makes a description useless; None if it can be used, and its frames are read then."""
     try:
         made_from = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
+        episodes = _held_out(folder)
     except (OSError, ValueError):
         return "first start"
     changed = [name for name, value in settings.items() if made_from.get(name) != value]
     if changed:
         return f"{', '.join(changed)} changed"
-    episodes = _held_out(folder)
     if not {*episodes} <= {*subject.lengths}:
         return "data changed"
     subject.load(episodes)

@@ -57,6 +57,18 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_queries(parser: argparse.ArgumentParser, when: str = "") -> None:
+    """Add the chunk steps that effects are measured on."""
+    parser.add_argument(
+        "--queries",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="K",
+        help=f"{when}chunk steps whose actions effects are measured on (default: 0)",
+    )
+
+
 def run_folder(policy_path: str) -> Path | None:
     """The folder of the run that a path leads to; None for what is no run of ours."""
     path = Path(policy_path).expanduser()

@@ -50,14 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
         )
-    parser.add_argument(
-        "--queries",
-        type=int,
-        nargs="+",
-        default=[0],
-        metavar="K",
-        help="chunk steps whose actions effects are measured on (default: 0)",
-    )
+    feature_inputs.add_queries(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

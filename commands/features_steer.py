@@ -123,14 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many of them (default: %(default)s)",
     )
-    parser.add_argument(
-        "--queries",
-        type=int,
-        nargs="+",
-        default=[0],
-        metavar="K",
-        help="chunk steps whose actions effects are measured on (default: 0)",
-    )
+    feature_inputs.add_queries(parser)
     parser.add_argument("--seed", type=int, default=0, help="of directions and controls")
 
 

@@ -16,6 +16,7 @@ from tiny_browser import TinyRun, arguments, live, make_autoencoder, make_run, p
 
 import analyze
 from autoencoders.files import AUTOENCODER_FOLDER, load_autoencoder
+from browser.features import Moment
 from browser.notes import Note, NoteBook, autoencoder_hash
 from browser.server import bind
 from commands import features_describe
@@ -65,6 +66,36 @@ def test_a_run_alone_is_enough(run, tmp_path, described):
     assert opened.about["policies"] == [
         {"name": "run", "path": str(run.run), "kind": "policyscope"}
     ]
+
+
+def test_a_description_that_lost_a_file_is_made_anew(run, tmp_path, described, capsys):
+    home = tmp_path / "home"
+    shutil.copytree(run.home, home)
+    (home / "describe" / "features.json").unlink()
+    with pytest.raises(DescribedError):
+        session(TinyRun(run.run, run.data, home), tmp_path)
+    assert "first start" in capsys.readouterr().out
+
+
+def test_stopping_while_features_are_described_is_one_line(run, tmp_path, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(features_describe, "run", interrupted)
+    assert analyze.main(TinyRun(run.run, run.data, tmp_path / "home").words()) == 130
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "stopped" in said.out.splitlines()[-1]
+
+
+def test_few_videos_are_kept(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("browser.clips.MAX_FILES", 2)
+    library, _ = parts(session(run, tmp_path))
+    (latent, *_) = live(library)
+    episodes = sorted(library.episodes)
+    assert len(episodes) == 3
+    made = [library.clip(latent, Moment(number, 0), None, False, True) for number in episodes]
+    assert [path.is_file() for path in made] == [False, True, True]
 
 
 def test_what_is_described_anew_replaces_what_was_there(run, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """Who may ask the server for what: real requests over the loopback interface."""
 
+import asyncio
 import http.client
 import json
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +16,10 @@ from browser.server import MAX_BODY_BYTES, address, bind, create_app, serving
 
 
 class Toy:
-    """A tab that repeats, refuses and fails."""
+    """A tab that repeats, refuses, fails and takes long."""
+
+    def __init__(self) -> None:
+        self.is_asked = threading.Event()
 
     def routes(self) -> list[Route]:
         async def echo(request: Request) -> Response:
@@ -26,10 +31,16 @@ class Toy:
         async def fail(request: Request) -> Response:
             raise RuntimeError("secret/path")
 
+        async def wait(request: Request) -> Response:
+            self.is_asked.set()
+            await asyncio.sleep(60)
+            return JSONResponse({})
+
         return [
             Route("/api/explorer/echo", echo, methods=["POST"]),
             Route("/api/explorer/refuse", refuse),
             Route("/api/explorer/fail", fail),
+            Route("/api/explorer/wait", wait),
         ]
 
 
@@ -85,10 +96,22 @@ def test_it_listens_on_the_loopback_interface_only():
         assert address(listening).startswith("http://127.0.0.1:")
 
 
+def test_what_waits_for_an_answer_is_told_when_the_server_stops(caplog):
+    toy, answers = Toy(), []
+    with serving(create_app(None, toy, None)) as where:
+        port = int(where.split(":")[2].strip("/"))
+        asking = threading.Thread(target=lambda: answers.append(ask(port, "/api/explorer/wait")))
+        asking.start()
+        assert toy.is_asked.wait(10)
+    asking.join(10)
+    ((status, _, content),) = answers
+    assert (status, json.loads(content)) == (503, {"error": "the server stops"})
+    assert "Traceback" not in caplog.text
+
+
 def test_a_port_that_is_taken_is_said():
     with bind() as listening:
         taken = listening.getsockname()[1]
-        listening.listen()
         with pytest.raises(ValueError, match=f"--port {taken}"):
             bind(taken)
     with pytest.raises(ValueError, match="--port 70000"):
