@@ -3,30 +3,33 @@
 import json
 import re
 import time
-import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, override
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.checkpoints import sweep_parts
 from callbacks.dashboard import INDEX, Dashboard, read_index
 from callbacks.loggers import CSV_FILE, read_metrics
 from callbacks.run_config import CONFIG_FILE, ENVIRONMENT_FILE
 from callbacks.run_folder import CHECKPOINTS, MEDIA
-from callbacks.schedule import ERROR_FILE
+from callbacks.schedule import note_failure
 from callbacks.summary import REPORT_FILE, SUMMARY_FILE, RunSummary
 from policies.atomic_files import write_atomically
 from rendering.report.embedding import Encodings
-from rendering.report.page import MAX_SIZE_MIB, Page, report_page
+from rendering.report.page import MAX_SIZE_MIB, Page, facts, report_page
 from rendering.report.records import RunRecord
 
 NAME = "report"
+RUNNING = "running when written"
+"""Status of a run that goes on; a page that a killed one leaves behind stays true."""
 
 
 class Report(Callback):
-    """Writes ``<run>/report/index.html`` after each validation and at the end, however it comes.
+    """Writes ``<run>/report/index.html`` after each validation, at the end and after an error.
 
     An error of the page never stops training: it is written down and counted, as a diagnostic's.
 
@@ -47,6 +50,11 @@ class Report(Callback):
         self._is_due = False
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            sweep_parts((Path(trainer.default_root_dir) / REPORT_FILE).parent)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_due = not trainer.sanity_checking
 
@@ -60,7 +68,7 @@ class Report(Callback):
     ) -> None:
         # Not when the validation ends: its row and its checkpoints are whole only now.
         if self._is_due:
-            self._write(trainer, "running")
+            self._write(trainer, RUNNING)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,20 +96,12 @@ class Report(Callback):
             return
         began = time.perf_counter()
         run = Path(trainer.default_root_dir)
-        dashboard = Dashboard.of(trainer)
         try:
-            record = read_run(run, status, _wall_s(trainer))
+            record = read_run(run, status, _wall_s(trainer), _best_checkpoint(trainer))
             write_report([record], run / REPORT_FILE, self.max_size_mib, self._encodings)
         except Exception as error:
-            with (run / ERROR_FILE).open("a", encoding="utf-8") as file:
-                file.write(f"step {trainer.global_step}, {NAME}\n{traceback.format_exc()}\n")
-            if NAME not in dashboard.failed:
-                rank_zero_warn(
-                    f"{NAME} failed ({type(error).__name__}: {error}); training goes on, "
-                    f"details in {run / ERROR_FILE}"
-                )
-            dashboard.failed.append(NAME)
-        dashboard.note({f"diagnostics/{NAME}_s": time.perf_counter() - began})
+            note_failure(trainer, NAME, error)
+        Dashboard.of(trainer).note({f"diagnostics/{NAME}_s": time.perf_counter() - began})
 
 
 def write_report(
@@ -127,58 +127,110 @@ def write_report(
     return page
 
 
-def read_run(folder: Path, status: str | None = None, wall_s: float | None = None) -> RunRecord:
+def read_run(
+    folder: Path,
+    status: str | None = None,
+    wall_s: float | None = None,
+    best_checkpoint: str = "",
+) -> RunRecord:
     """Read what a run folder holds, whether its run is over or not.
 
     Args:
         folder: The run folder.
         status: How the run is going; from ``summary.json`` when None.
         wall_s: Wall time of the run, in s; from ``summary.json`` when None.
+        best_checkpoint: The checkpoint that the run ranks first; from ``summary.json`` when empty.
 
     Raises:
         ValueError: If it is no run folder, or one of its files cannot be read.
     """
     folder = folder.resolve()
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(folder)!a}: is not a name in UTF-8; rename the folder") from error
     if not any((folder / name).is_file() for name in (CSV_FILE, CONFIG_FILE)):
         raise ValueError(
             f"{folder}: holds neither {CSV_FILE} nor {CONFIG_FILE}; give a folder that train.py "
             "made, e.g. outputs/demo/last"
         )
+    with _reading(folder / CSV_FILE):
+        rows = read_metrics(folder / CSV_FILE)
+        last_step = max((int(row["step"]) for row in rows), default=0)
     summary = _read_json(folder / SUMMARY_FILE)
-    config = folder / CONFIG_FILE
-    index = read_index(folder / MEDIA / INDEX)
-    return RunRecord(
+    with _reading(folder / SUMMARY_FILE):
+        if summary.get("step", 0) < last_step:
+            # It is an earlier process's: the one that went on from there has written none yet.
+            summary = {}
+    with _reading(folder / MEDIA / INDEX):
+        index = read_index(folder / MEDIA / INDEX)
+        media = {int(step): kinds for step, kinds in index.items()}
+    *older_configs, config = _numbered(folder / CONFIG_FILE)
+    *older_environments, environment = _numbered(folder / ENVIRONMENT_FILE)
+    with _reading(config):
+        text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    record = RunRecord(
         name=f"{folder.parent.name}/{folder.name}",
         folder=folder,
         status=status or summary.get("status", "ended without a summary"),
-        rows=read_metrics(folder / CSV_FILE),
-        media={int(step): kinds for step, kinds in index.items()},
-        best_step=_best_step(folder, summary),
+        rows=rows,
+        media=media,
+        best_step=_best_step(folder, best_checkpoint or summary.get("checkpoint") or ""),
         wall_s=summary.get("wall_s") if wall_s is None else wall_s,
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        environment=_read_json(folder / ENVIRONMENT_FILE),
+        config=text,
+        environment=_read_json(environment),
+        earlier=[file.name for file in (*older_configs, *older_environments)],
     )
+    with _reading(environment):
+        facts(record)
+    return record
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Name the file in which something is not as it was written."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: is cut or not what train.py wrote ({type(error).__name__}: {error}); "
+            "mend it or move it away"
+        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON ({error}); move it away") from error
+    with _reading(file):
+        return dict(json.loads(file.read_text(encoding="utf-8")).items())
 
 
-def _best_step(folder: Path, summary: Mapping[str, Any]) -> int | None:
-    """Return the step in the name of the best checkpoint, the newest if there are several."""
-    # During training the summary is of an earlier process, or not there yet.
-    names = [file.name for file in (folder / CHECKPOINTS).glob("best*step*.ckpt")]
-    steps = [
-        int(match[1])
-        for name in names or [str(summary.get("checkpoint"))]
-        if (match := re.search(r"step=?(\d+)", name))
-    ]
-    return max(steps, default=None)
+def _numbered(file: Path) -> list[Path]:
+    """List a file and those that continued runs wrote beside it, the newest last."""
+    files = [file]
+    while (following := file.with_stem(f"{file.stem}_{len(files) + 1}")).is_file():
+        files.append(following)
+    return files
+
+
+def _best_step(folder: Path, checkpoint: str) -> int | None:
+    """Return the step in the name of the best checkpoint, if it is known which one that is."""
+    names = [checkpoint] if checkpoint else (folder / CHECKPOINTS).glob("best*step*.ckpt")
+    steps = {
+        int(match[1]) for name in names if (match := re.search(r"step=?(\d+)", Path(name).name))
+    }
+    # Of several that were kept, nothing in their names says which is first.
+    return steps.pop() if len(steps) == 1 else None
+
+
+def _best_checkpoint(trainer: Trainer) -> str:
+    """Return the checkpoint that training ranks first so far; nothing when it ranks none."""
+    paths = (
+        callback.best_model_path
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+    )
+    return next(filter(None, paths), "")
 
 
 def _wall_s(trainer: Trainer) -> float | None:

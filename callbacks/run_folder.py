@@ -22,6 +22,7 @@ from policies.atomic_files import write_atomically
 LAST = "last"
 CHECKPOINTS = "checkpoints"
 MEDIA = "media"
+LOCK_FILE = ".lock"
 
 
 class RunFolderError(ValueError):
@@ -114,7 +115,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file: IO[str] | None = (folder / ".lock").open("a")
+        self._file: IO[str] | None = (folder / LOCK_FILE).open("a")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

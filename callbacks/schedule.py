@@ -162,7 +162,6 @@ class Diagnostic(Callback):
             if spent_s > self.max_share * (dashboard.elapsed_s + self._last_s):
                 self._note_share(dashboard, skipped=True)
                 return
-        run = Path(trainer.default_root_dir)
         folder = dashboard.media_folder(trainer) / self.name
         began = time.perf_counter()
         findings = Findings()
@@ -176,14 +175,7 @@ class Diagnostic(Callback):
         except Exception as error:
             if self.strict:
                 raise
-            with (run / ERROR_FILE).open("a", encoding="utf-8") as file:
-                file.write(f"step {trainer.global_step}, {self.name}\n{traceback.format_exc()}\n")
-            if self.name not in dashboard.failed:
-                rank_zero_warn(
-                    f"{self.name} failed ({type(error).__name__}: {error}); training goes on, "
-                    f"details in {run / ERROR_FILE}"
-                )
-            dashboard.failed.append(self.name)
+            note_failure(trainer, self.name, error)
         finally:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only when nothing was drawn
@@ -202,6 +194,22 @@ class Diagnostic(Callback):
                 f"diagnostics/{self.name}_share": self._spent_s / max(dashboard.elapsed_s, 1e-9),
             }
         )
+
+
+def note_failure(trainer: Trainer, name: str, error: Exception) -> None:
+    """Count what failed without stopping training: warn the first time, keep every traceback."""
+    dashboard = Dashboard.of(trainer)
+    file = Path(trainer.default_root_dir) / ERROR_FILE
+    # A disk that is full for a picture is full for the traceback too.
+    with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as log:
+        log.write(
+            f"step {trainer.global_step}, {name}\n{''.join(traceback.format_exception(error))}\n"
+        )
+    if name not in dashboard.failed:
+        rank_zero_warn(
+            f"{name} failed ({type(error).__name__}: {error}); training goes on, details in {file}"
+        )
+    dashboard.failed.append(name)
 
 
 def is_last_validation(trainer: Trainer) -> bool:

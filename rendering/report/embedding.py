@@ -98,7 +98,8 @@ def choose(
 
     Tables come first, then everything of the last, the best and the first checkpoint, then the
     pictures of those between and at last their videos, each time from the checkpoint that is
-    farthest from those that have theirs: what is left out is spread evenly.
+    farthest from those that have theirs: what is left out is spread evenly. No picture is weighed,
+    which takes encoding it, after those of a checkpoint between did not fit.
 
     Args:
         records: The runs.
@@ -131,13 +132,18 @@ def choose(
     chosen: set[Medium] = set()
     left_bytes = budget_bytes
     for group, kinds in groups:
+        is_full = False
         for turn in group:
+            if is_full:
+                break
             for kind in kinds:
                 together = by_turn.get((*turn, kind), [])
                 cost_bytes = sum(encodings.size(medium) for medium in together)
                 if cost_bytes <= left_bytes:
                     left_bytes -= cost_bytes
                     chosen.update(together)
+                elif kinds == ("images",):
+                    is_full = True
     return [medium for medium in media if medium in chosen]
 
 

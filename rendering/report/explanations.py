@@ -189,8 +189,8 @@ PICTURES = (
     Picture(
         r"features/births",
         "When features were born",
-        "One row per latent: the checkpoint since which its direction has persisted, the share of "
-        "vectors it fires on, and the quantity it tells, if any.",
+        "One row per live latent: the checkpoint since which its direction has persisted, the "
+        "share of vectors it fires on, and the quantity it tells, if any.",
     ),
 )
 

@@ -39,8 +39,8 @@ MODULES = ("chart.js", "report.js")
 MAX_SIZE_MIB = 24.0
 MAX_POINTS = 1000
 """Points of one number; a chart is fewer pixels wide."""
-MAX_SHARED = 6
-"""Numbers in one chart; there are as many colours."""
+N_COLOURS = 6
+"""Of ``base.css``: as many runs stand side by side, or numbers in one chart."""
 MIB = 2**20
 
 
@@ -69,10 +69,14 @@ def report_page(
         encodings: What an earlier page of the same run has already encoded.
 
     Raises:
-        ValueError: If there is no run, or the numbers alone are larger than ``max_size_mib``.
+        ValueError: If there is no run or more than there are colours, or the numbers alone are
+            larger than ``max_size_mib``.
     """
-    if not records:
-        raise ValueError("a report of no runs: give at least one")
+    if not 1 <= len(records) <= N_COLOURS:
+        raise ValueError(
+            f"a report of {len(records)} runs: give at least one and at most {N_COLOURS}, each has "
+            "a colour"
+        )
     encodings = encodings or Encodings()
     media = media_of(records)
     # Which files are in changes a few letters of the data, so room is left for every link.
@@ -144,7 +148,7 @@ def charts(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     found = []
     for title, members in groups.items():
         split = [(title, members)]
-        if len(members) == 1 or len(members) > MAX_SHARED:
+        if len(members) == 1 or len(members) > N_COLOURS:
             split = [(name, [name]) for name in members]
         found += [_chart(*each, records, compared) for each in split]
     places = {key: place for place, key in enumerate(SECTIONS)}
@@ -157,22 +161,32 @@ def is_bound(name: str, logged: Iterable[str]) -> bool:
     return end in ("low", "high") and base in logged
 
 
-def config_differences(configs: Sequence[str]) -> list[dict[str, Any]]:
-    """List what differs between configurations.
-
-    Args:
-        configs: YAML texts, one a run.
+def config_differences(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """List what differs between the configurations of runs.
 
     Returns:
         Key and one text for each run, None where a run has no such key.
+
+    Raises:
+        ValueError: If a configuration is not YAML.
     """
-    flat = [_flatten(yaml.safe_load(config) or {}) for config in configs]
+    flat = [_flatten(_settings(record)) for record in records]
     keys = dict.fromkeys(key for each in flat for key in each)
     return [
         {"key": key, "values": [each.get(key) for each in flat]}
         for key in keys
         if len({each.get(key) for each in flat}) > 1
     ]
+
+
+def _settings(record: RunRecord) -> Any:
+    try:
+        return yaml.safe_load(record.config) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{record.folder}: its newest configuration is not YAML "
+            f"({' '.join(str(error).split())}); mend it, or report the run alone"
+        ) from error
 
 
 def _chart(
@@ -287,9 +301,7 @@ def _data(
         "pictures": {key: _picture(key, logged) for key in keys},
         "headlines": _headlines(logged),
         "meanings": {name: meaning(name) for name in logged if not is_bound(name, logged)},
-        "differences": (
-            config_differences([record.config for record in records]) if len(records) > 1 else []
-        ),
+        "differences": (config_differences(records) if len(records) > 1 else []),
     }
 
 
@@ -340,6 +352,7 @@ def _run(
             for step, kinds in sorted(record.media.items())
         },
         "config": record.config,
+        "earlier": list(record.earlier),
         "environment": [
             [name, value if isinstance(value, str) else json.dumps(value)]
             for name, value in record.environment.items()
@@ -364,7 +377,8 @@ def facts(record: RunRecord) -> list[str]:
     environment = record.environment
     found = [record.status, f"step {record.last_step:,}"]
     if started := environment.get("started"):
-        found.append(datetime.fromisoformat(started).strftime("%d %b %Y %H:%M"))
+        when = datetime.fromisoformat(started).strftime("%d %b %Y %H:%M")
+        found.append(f"continued {when}" if record.earlier else when)
     if record.wall_s is not None:
         found.append(in_words(record.wall_s))
     if git := environment.get("git"):

@@ -32,6 +32,8 @@ class RunRecord:
     """The configuration as YAML; empty when there is none."""
     environment: Mapping[str, Any]
     """What ``environment.json`` holds; empty when there is none."""
+    earlier: Sequence[str] = ()
+    """Names of the files that say the same of earlier processes of a run that was continued."""
 
     @cached_property
     def metrics(self) -> dict[str, dict[int, float]]:

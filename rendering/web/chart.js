@@ -50,11 +50,29 @@ export function shortNumber(value) {
 
 /** A tick's label, with as many digits as tell it from its neighbours. */
 function tickLabel(value, step) {
+  if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e6) return `${Number((value / 1e6).toPrecision(4))}M`;
-  if (size >= 1e4) return `${Number((value / 1e3).toPrecision(4))}k`;
-  if (value !== 0 && step < 1e-3) return value.toExponential(1).replace(".0e", "e");
-  return String(Number(value.toFixed(Math.max(0, 2 - Math.floor(Math.log10(step || 1))))));
+  // One more than the step's first digit: a step may be 2.5.
+  const digits = Math.floor(Math.log10(size)) - Math.floor(Math.log10(step || size)) + 2;
+  const rounded = Number(value.toPrecision(Math.min(Math.max(digits, 1), 15)));
+  const short = (unit) => String(Number((rounded / unit).toPrecision(15)));
+  if (size >= 1e6) return `${short(1e6)}M`;
+  if (size >= 1e4) return `${short(1e3)}k`;
+  return size < 1e-3 ? rounded.toExponential() : String(rounded);
+}
+
+/** Pieces of an interval without gaps, as [x, low, high]; what ends below the axis is a gap. */
+function bandPieces(lows, highs, bottom) {
+  const pieces = [[]];
+  const highAt = new Map(highs);
+  for (const [x, low] of lows) {
+    const high = highAt.get(x);
+    // Long curves are thinned each at its own points.
+    if (high === undefined) continue;
+    if (low === null || high === null || high < bottom) pieces.push([]);
+    else pieces.at(-1).push([x, Math.max(low, bottom), high]);
+  }
+  return pieces.filter((piece) => piece.length);
 }
 
 function svg(name, attributes, parent) {
@@ -181,11 +199,9 @@ export function lineChart(element, options) {
 
   function drawSeries(s, into) {
     const colour = colourClass(s.colour);
-    if (s.low && s.high) {
-      const there = path(s.low);
-      const back = path([...s.high].reverse()).replace("M", "L");
-      if (s.points.length > 1) svg("path", { class: `band ${colour}`, d: `${there}${back}Z` }, into);
-      else if (there) svg("path", { class: `whisker ${colour}`, d: `${there}${back}` }, into);
+    for (const piece of s.low && s.high ? bandPieces(s.low, s.high, scales.y0) : []) {
+      const around = [...piece.map(([x, low]) => [x, low]), ...piece.map(([x, , high]) => [x, high]).reverse()];
+      svg("path", { class: `${piece.length > 1 ? "band" : "whisker"} ${colour}`, d: `${path(around)}Z` }, into);
     }
     const level = s.dashed && s.points.length === 1;
     const points = level ? [scales.x0, scales.x1].map((x) => [x, s.points[0][1]]) : s.points;

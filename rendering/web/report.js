@@ -59,6 +59,7 @@ function measured(run, metric, step) {
   return at > before && at <= checkpoint ? value : undefined;
 }
 
+const isNumber = (value) => typeof value === "number";
 const valueText = (value) =>
   value === undefined ? "–" : value === null ? "not finite" : shortNumber(value);
 
@@ -103,6 +104,7 @@ function showTile(headline) {
   make("h3", "", headline.label, tile);
   /** Baselines in words, and the runs that share them. */
   const compared = new Map();
+  const areApart = new Set(runs.map((run) => last(run, headline.metric)?.step).filter(isNumber)).size > 1;
   runs.forEach((run, number) => {
     const now = last(run, headline.metric);
     if (!now) return;
@@ -116,7 +118,7 @@ function showTile(headline) {
       .map(([label, baseline]) => `${label} ${valueText(baseline.value)} ${intervalText(baseline.ends)}`.trim());
     const text = baselines.join(", ");
     if (text) compared.set(text, [...(compared.get(text) ?? []), number]);
-    if (!isComparison && now.step !== run.lastStep) make("p", "muted small", `at step ${stepText(now.step)}`, tile);
+    if (areApart || now.step !== run.lastStep) make(isComparison ? "span" : "p", "muted small", `at step ${stepText(now.step)}`, isComparison ? line : tile);
   });
   for (const [text, numbers] of compared) {
     const line = make("p", "muted small", "", tile);
@@ -163,6 +165,9 @@ function fileAt(run, kind, key, step) {
   return { checkpoint, file };
 }
 
+/** Address of a file beside the page; # and ? are letters of its name. */
+const addressOf = (path) => path.split("/").map(encodeURIComponent).join("/");
+
 /** Say why a file is not shown, and where it lies. */
 function explainAbsence(place, file, checkpoint) {
   place.replaceChildren();
@@ -173,7 +178,7 @@ function explainAbsence(place, file, checkpoint) {
   else if (file.mib === null) place.append(`The file is gone: ${file.path}`);
   else {
     place.append(`Left out to keep this page small (${file.mib} MiB): `);
-    make("a", "", file.path, place).href = encodeURI(file.path);
+    make("a", "", file.path, place).href = addressOf(file.path);
   }
 }
 
@@ -401,8 +406,6 @@ function enlarge(number, key) {
 
 // ---- tables -----------------------------------------------------------------------------------
 
-const isNumber = (value) => typeof value === "number";
-
 /** Order of two cells: numbers by size, words by alphabet, nothing last. */
 function compareCells(a, b) {
   if (a === null || b === null) return (a === null) - (b === null);
@@ -584,6 +587,7 @@ function showCurves() {
         element.hidden = !words.every((word) => text.includes(word));
         shown += !element.hidden;
       }
+      if (words.length && shown) section.open = true;
       section.hidden = shown === 0;
       count.textContent = countText(shown);
       total += shown;
@@ -674,6 +678,7 @@ function showSetup() {
     if (run.config) {
       const box = fold("Config", "What was run, defaults filled in: train.py fit -c config.yaml runs it again.", number);
       make("pre", "scroll tall", run.config, box);
+      if (run.earlier.length) make("p", "muted small", `Of earlier processes of this run, in its folder: ${run.earlier.join(", ")}.`, box);
     }
     if (run.environment.length) {
       const box = fold("Environment", "Code, machine and packages at the start of the run: another commit or version may give other numbers.", number);

@@ -1,5 +1,7 @@
 """``analyze.py report``: runs in, one page out, and a word about what is not in it."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 import analyze
-from commands.report import is_running
+from commands.report import is_running, names
 
 
 def write_run(folder: Path, video_bytes: int = 0) -> Path:
@@ -86,3 +88,44 @@ def test_a_run_that_another_process_writes_is_running(tmp_path):
         assert is_running(run)
         process.communicate("")
     assert not is_running(run)
+
+
+def test_a_lock_that_cannot_be_read_does_not_say_that_the_run_goes_on(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    (run / ".lock").mkdir()
+    with pytest.raises(ValueError, match=r"\.lock: does not say .* make it readable, or remove"):
+        is_running(run)
+    (run / ".lock").rmdir()
+    (run / ".lock").touch()
+    for code, expected in ((errno.ENOLCK, False), (errno.EAGAIN, True), (errno.EACCES, True)):
+
+        def refuse(*_, code=code):
+            raise OSError(code, "refused")
+
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+        assert is_running(run) == expected
+
+
+def test_runs_of_one_name_are_told_apart_by_where_they_lie(tmp_path):
+    here, there = (write_run(tmp_path / place / "demo" / "1") for place in ("here", "there"))
+    assert names([here]) == ["demo/1"]
+    assert names([here, there]) == ["here/demo/1", "there/demo/1"]
+    assert report(here, there, "--output_dir", tmp_path / "both") == 0
+    text = (tmp_path / "both" / "index.html").read_text()
+    assert '"name":"here/demo/1"' in text
+    assert '"name":"there/demo/1"' in text
+
+
+def test_a_place_that_cannot_be_written_names_the_way_out(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    (run / "report").touch()
+    assert report(run) == 1
+    assert "choose another place with --output_dir" in capsys.readouterr().err
+    assert report(run, "--output_dir", tmp_path / "other") == 0
+
+
+def test_a_configuration_that_is_cut_is_named(tmp_path, capsys):
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    (runs[1] / "config.yaml").write_text("model: [")
+    assert report(*runs, "--output_dir", tmp_path / "both") == 1
+    assert f"{runs[1]}: its newest configuration is not YAML" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from rendering.report import embedding
 from rendering.report.embedding import Encodings, spread, webp
 from rendering.report.explanations import family, meaning, picture
 from rendering.report.page import (
@@ -268,12 +269,17 @@ def test_every_beginning_of_the_order_covers_the_run(n_checkpoints, data):
         assert not gaps.size or max(gaps) <= 200 * math.ceil((n_checkpoints - 1) / (taken - 1))
 
 
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=6000), st.sets(st.integers(0, 5999)))
-def test_a_thinned_curve_has_its_extremes_and_its_checkpoints(numbers, kept):
+@given(
+    st.integers(2 * MAX_POINTS, 6 * MAX_POINTS),
+    st.integers(0, 2**32 - 1),
+    st.sets(st.integers(0, 6 * MAX_POINTS), min_size=3),
+)
+def test_a_thinned_curve_has_its_extremes_and_its_checkpoints(length, seed, kept):
+    numbers = np.random.default_rng(seed).normal(size=length).tolist()
     values = dict(enumerate(numbers))
     points = thinned(values, kept)
     assert points.items() <= values.items()
-    assert len(points) <= MAX_POINTS + len(kept) + 4
+    assert len(points) <= MAX_POINTS + len(kept) + 4 < len(values)
     assert max(points.values()) == max(numbers)
     assert min(points.values()) == min(numbers)
     assert kept & values.keys() <= points.keys()
@@ -311,15 +317,18 @@ def test_several_runs_have_a_line_each_in_every_chart(tmp_path):
         assert [line["label"] for line in chart["series"]] == ["one", "two"]
 
 
-def test_configurations_are_compared_key_by_key():
+def test_configurations_are_compared_key_by_key(tmp_path):
     one = "seed: 0\nmodel:\n  width: 8\ncallbacks:\n- class_path: a.B\n  init_args: {x: 1}\n"
     other = "seed: 0\nmodel:\n  width: 9\ncallbacks:\n- class_path: a.B\n  init_args: {x: 2}\n- c\n"
-    assert config_differences([one, other]) == [
+    records = [empty_run(tmp_path, config=config) for config in (one, other, "a: [")]
+    assert config_differences(records[:2]) == [
         {"key": "model.width", "values": ["8", "9"]},
         {"key": "callbacks[a.B].init_args.x", "values": ["1", "2"]},
         {"key": "callbacks[1]", "values": [None, '"c"']},
     ]
-    assert config_differences([one, one]) == []
+    assert config_differences(records[:1] * 2) == []
+    with pytest.raises(ValueError, match=r"configuration is not YAML .*; mend it, or report"):
+        config_differences(records)
 
 
 def test_numbers_that_are_not_finite_stay_gaps(tmp_path):
@@ -341,9 +350,10 @@ def test_a_run_that_has_only_begun_and_one_whose_files_are_gone_have_a_page(tmp_
     assert media["3000"]["images"]["landscape/strip"]["id"]
 
 
-def test_no_runs_make_no_page(tmp_path):
-    with pytest.raises(ValueError, match="at least one"):
-        report_page([], tmp_path)
+@pytest.mark.parametrize("count", [0, 7])
+def test_no_runs_and_more_than_there_are_colours_make_no_page(tmp_path, count):
+    with pytest.raises(ValueError, match=f"of {count} runs: give at least one and at most 6"):
+        report_page([empty_run(tmp_path)] * count, tmp_path)
 
 
 def test_facts_are_said_as_far_as_they_are_known(tmp_path):
@@ -364,6 +374,8 @@ def test_facts_are_said_as_far_as_they_are_known(tmp_path):
         "16 CPU cores",
     ]
     assert facts(empty_run(tmp_path)) == ["running", "step 0"]
+    continued = empty_run(tmp_path, environment=environment, earlier=["config.yaml"])
+    assert "continued 02 Jan 2026 03:04" in facts(continued)
     assert [in_words(seconds) for seconds in (4.4, 64, 3600)] == ["4 s", "1 min 4 s", "1 h 0 min"]
 
 
@@ -388,3 +400,55 @@ def test_the_last_checkpoint_is_the_last_to_lose_its_files(tmp_path):
     for room, expected in ((1.5, [5000]), (2.5, [3000, 5000]), (3.5, [1000, 3000, 5000])):
         page = report_page([record], tmp_path, (bare + room * 400_000) / 2**20)
         assert with_videos(data_of(page.html)) == expected
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """One entry for each picture that is encoded."""
+    encoded: list[int] = []
+    encode = embedding.webp
+
+    def count(content: bytes) -> bytes:
+        encoded.append(len(content))
+        return encode(content)
+
+    monkeypatch.setattr(embedding, "webp", count)
+    return encoded
+
+
+def noisy_run(folder: Path, steps: tuple[int, ...] = STEPS) -> RunRecord:
+    """A run whose pictures take some room."""
+    record = planted_run(folder, steps)
+    for number, kinds in enumerate(record.media.values()):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 96, 3), np.uint8)
+        for path in kinds["images"].values():
+            Image.fromarray(noise).save(folder / path)
+    return record
+
+
+def test_pictures_that_do_not_fit_are_not_encoded(tmp_path, encoded):
+    record = noisy_run(tmp_path, tuple(range(100, 4100, 100)))
+    page = report_page([record], tmp_path, max_size_mib=0.25)
+    n_left_out = sum(medium.kind == "images" for medium in page.left_out)
+    assert 20 < n_left_out < 80
+    assert len(encoded) <= 80 - n_left_out + 2, "but those of one checkpoint"
+
+
+def test_pictures_that_the_page_dropped_are_not_kept_in_memory(tmp_path, encoded):
+    record = noisy_run(tmp_path)
+    encodings = Encodings()
+    whole = report_page([record], tmp_path, encodings=encodings)
+    report_page([record], tmp_path, encodings=encodings)
+    assert len(encoded) == 10
+    small = report_page([record], tmp_path, (whole.size_bytes - 30_000) / 2**20, encodings)
+    assert any(medium.kind == "images" for medium in small.left_out)
+    report_page([record], tmp_path, encodings=encodings)
+    assert len(encoded) > 10
+
+
+def test_many_small_files_leave_room_for_their_links(tmp_path):
+    record = planted_run(tmp_path, tuple(range(10, 1010, 10)), video=b"x" * 2000)
+    whole = report_page([record], tmp_path)
+    page = report_page([record], tmp_path, (whole.size_bytes - 1) / 2**20)
+    assert page.left_out
+    assert page.size_bytes < whole.size_bytes

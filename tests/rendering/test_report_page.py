@@ -3,13 +3,15 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from playwright.sync_api import expect
 from test_report import HOSTILE, STEPS, empty_run, planted_run
 
-from rendering.report.page import report_page
+from rendering.report.page import WEB, report_page
 from rendering.report.records import RunRecord
 from rendering.video import Clip, write_clips
 
@@ -236,3 +238,166 @@ def test_a_run_without_checkpoints_still_shows_its_curves(open_page, written, tm
     assert chart.locator("path.line").get_attribute("d").startswith("M")
     page.get_by_role("button", name="log").click()
     assert chart.locator("path.line").get_attribute("d").count("L") == 9
+
+
+def cell(page, name: str, column: int):
+    """Text of a column in the table of all numbers: value, interval, change."""
+    return number_at(page, name).locator("xpath=..").locator("td").nth(column)
+
+
+def test_each_number_is_that_of_its_checkpoint_and_marked_by_its_own_rule(
+    open_page, written, tmp_path
+):
+    c80 = "landscape/val/k8/c80"
+    ratio = "attention/rollout/deletion_ratio"
+    rows = [
+        {
+            "step": 1000,
+            "val/loss": 1.0,
+            ratio: 0.5,
+            c80: 0.6,
+            f"{c80}_low": 0.5,
+            f"{c80}_high": 0.7,
+        },
+        {"step": 2000, "val/loss": 0.5},
+        {"step": 3000, "val/loss": 0.75, ratio: 2, c80: 0.7, f"{c80}_low": 0.6, f"{c80}_high": 0.9},
+    ]
+    record = replace(planted_run(tmp_path, (1000, 2000, 3000)), rows=rows)
+    page = open_page(written(record))
+    expected = (
+        ("2", "0.7[0.6, 0.9]", "[0.6, 0.9]", "+0.25"),
+        ("\N{EN DASH}", "\N{EN DASH}", "", "-0.5"),
+        ("0.5 ✗", "0.6 ✗[0.5, 0.7]", "[0.5, 0.7]", ""),
+    )
+    for attention, landscape, interval, change in expected:
+        expect(page.locator("[data-section=attention] .trust td")).to_have_text(attention)
+        expect(page.locator("[data-section=landscape] .trust td")).to_have_text(landscape)
+        expect(cell(page, c80, 2)).to_have_text(interval)
+        expect(cell(page, "val/loss", 3)).to_have_text(change)
+        page.locator("#before").click(force=True)
+    tile = page.locator(".tile", has_text="calibration c80").locator(".tile-line")
+    expect(tile).to_have_text("0.7[0.6, 0.9]")
+
+
+def test_a_search_opens_the_sections_of_what_it_finds(open_page, written, tmp_path):
+    page = open_page(written(planted_run(tmp_path)), width_px=390)
+    page.locator("#chart-search").fill("deletion_ratio")
+    assert page.locator("#chart-count").inner_text() == "1 chart"
+    expect(page.locator("#curves .chart-card:visible")).to_have_count(1)
+
+
+def test_tiles_of_several_runs_say_their_steps_when_they_differ(open_page, written, tmp_path):
+    one = planted_run(tmp_path / "one", (1000, 3000), name="runs/one")
+    two = planted_run(tmp_path / "two", (2000, 4000), name="runs/two")
+    lines = open_page(written(one, two)).locator(".tile", has_text="coverage").locator(".tile-line")
+    assert re.search("at step 3,000$", lines.nth(0).inner_text())
+    assert re.search("at step 4,000$", lines.nth(1).inner_text())
+    alike = open_page(written(one, replace(one, name="runs/twin")))
+    assert "at step" not in alike.locator("#headlines").inner_text()
+
+
+def test_the_path_of_a_file_is_an_address_whatever_its_letters(open_page, written, tmp_path):
+    record = planted_run(tmp_path / "run #1? 100%", video=b"x" * 400_000)
+    page = open_page(written(record, max_size_mib=2.0))
+    page.locator("#before").click()
+    address = page.locator("[data-section=rollout] .absence a").get_attribute("href")
+    assert "#" not in address
+    assert "?" not in address
+    assert (tmp_path / unquote(address)).is_file()
+
+
+def test_a_continued_run_names_the_files_of_its_earlier_processes(open_page, written, tmp_path):
+    page = open_page(written(replace(planted_run(tmp_path), earlier=["config.yaml"])))
+    assert "earlier processes" in page.locator("#setup").text_content()
+    assert "continued" in page.locator("#runs").inner_text()
+
+
+def charted(open_page, expression: str, argument: Any = None) -> Any:
+    """Value of an expression that may use what ``chart.js`` has."""
+    functions = (WEB / "chart.js").read_text(encoding="utf-8").replace("export ", "")
+    script = f"argument => {{ {functions}\nreturn {expression}; }}"
+    return open_page("about:blank").evaluate(script, argument)
+
+
+TICKS = "argument.map(([a, b]) => (t => t.map(v => tickLabel(v, t[1] - t[0])))(niceTicks(a, b, 4)))"
+
+
+def test_ticks_are_told_apart_and_true(open_page):
+    rng = np.random.default_rng(0)
+    ranges = [[0.0110, 0.0116], [0.0536, 0.0543], [15.9996, 16.0004], [0, 1], [-2e-5, 3e-5]]
+    ranges += [[1e4, 1.0004e4], [1_000_000, 1_000_400], [0, 30_000], [-0.3, 0.9]]
+    for _ in range(200):
+        low = float(rng.normal() * 10.0 ** rng.integers(-5, 6))
+        ranges.append([low, low + abs(low) * 10.0 ** rng.uniform(-4, 3)])
+    for (low, high), labels in zip(ranges, charted(open_page, TICKS, ranges), strict=True):
+        values = [float(re.sub("[kM]", "", text)) for text in labels]
+        units = [{"k": 1e3, "M": 1e6}.get(text[-1], 1.0) for text in labels]
+        ticks = np.multiply(values, units)
+        steps = np.diff(ticks)
+        assert len(set(labels)) == len(labels) >= 2, labels
+        assert np.allclose(steps, steps[0], rtol=1e-6), labels
+        assert low - 1e-6 * abs(low) <= ticks[0]
+        assert ticks[-1] <= high + 1e-6 * abs(high)
+        assert all(
+            "e" not in text for text, tick in zip(labels, ticks, strict=True) if abs(tick) >= 1e-3
+        )
+
+
+DRAWN = """(() => {
+    const box = document.createElement("div");
+    box.style.width = "400px";
+    document.body.append(box);
+    lineChart(box, { xDomain: [0, 200], label: "", isLog: argument.isLog, series: [argument] });
+    return [...box.querySelectorAll("path.band, path.whisker, circle")].map(node => [
+        node.getAttribute("class").split(" ")[0], node.getAttribute("d") ?? node.getAttribute("cy"),
+    ]);
+})()"""
+
+
+def drawn(open_page, is_log: bool, series: list[Any]) -> Any:
+    """Kind and corners of each band, and heights of dots."""
+    argument = {"colour": 0, "isLog": is_log} | {
+        key: [[row[0], row[place]] for row in series]
+        for place, key in enumerate(("points", "low", "high"), start=1)
+    }
+    found = charted(open_page, DRAWN, argument)
+    bands = [
+        (
+            kind,
+            [tuple(map(float, pair.split(","))) for pair in re.split("[ML]", text.rstrip("Z"))[1:]],
+        )
+        for kind, text in found
+        if kind != "dot"
+    ]
+    return bands, [float(text) for kind, text in found if kind == "dot"]
+
+
+def test_a_band_on_a_logarithmic_axis_reaches_down_to_where_it_is_drawn(open_page):
+    series = [(0, 2e-5, -0.001, 0.002), (100, 1.0, 0.5, 1.5), (200, 2e-5, -0.001, 0.002)]
+    [(kind, corners)], dots = drawn(open_page, True, series)
+    assert kind == "band"
+    for place, dot in enumerate(dots):
+        bottom, top = corners[place][1], corners[-1 - place][1]
+        assert top < dot < bottom, "the value is inside its interval"
+        assert corners[place][0] == corners[-1 - place][0]
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+def test_a_gap_parts_a_band_and_takes_none_of_it(open_page, is_log):
+    series = [(x, 2, 1, 3) for x in (0, 40, 80)]
+    series += [(100, None, None, None), (120, 2, 1, 3), (160, None, None, 3), (200, 2, 1, 3)]
+    bands, _ = drawn(open_page, is_log, series)
+    assert [(kind, len(corners)) for kind, corners in bands] == [
+        ("band", 6),
+        ("whisker", 2),
+        ("whisker", 2),
+    ]
+
+
+def test_a_logarithmic_axis_is_offered_where_values_are_positive_and_far_apart(open_page):
+    values = ([1, 5, 30], [1, 5, 10], [0, 5, 30], [-1, 5, 30], [1, 30], [1, None, 5, 30])
+    series = [[{"points": list(enumerate(each))}] for each in values]
+    offered = charted(open_page, "argument.map(wantsLog)", series)
+    assert offered == [True, False, False, False, False, True]
+    dashed = [{"points": [[0, 1000]], "dashed": True}]
+    assert not charted(open_page, "wantsLog(argument)", series[1] + dashed)
