@@ -26,6 +26,7 @@ from autoencoders.sae import SparseAutoencoder
 from browser.clips import ClipRequest, ClipStudio, encode_png
 from browser.notes import Note, NoteBook, NoteConflictError
 from datamodules.activations import ActivationDataModule
+from envs.push_t import PushTTask
 from features.concepts import Concepts
 from features.describe import SUMMARY_FILE, TABLE_FILE, position_label
 from features.effects import FeatureProbe, dose_response, random_direction_effects
@@ -48,6 +49,8 @@ N_DIRECTIONS = 32
 N_MEASURED_DIRECTIONS = 100
 """The same where many frames are measured."""
 N_MEASURED_FRAMES = 32
+N_EFFECT_FRAMES = 16
+"""Of the frames on which a feature is ablated beside directions, at most."""
 MOST_DIRECTIONS = 256
 MOST_SCALE = 1e3
 """Beyond any use, but not beyond numbers."""
@@ -231,6 +234,7 @@ class FeatureLibrary:
                 for name, value in row.items()
                 if name not in kept and not name.startswith(("r_", "auroc_", "p_"))
             },
+            "top": self._top(latent),
             "clips": self._moments(row),
             "concepts": sorted(scores, key=_distance_from_chance, reverse=True),
             "tokens": self._tokens(row["spatial"]),
@@ -356,7 +360,6 @@ class FeatureLibrary:
             "before": _rounded(before[0].cpu()),
             "after": _rounded(after[0].cpu()),
             "change_px": _rounded(change.norm(dim=-1)),
-            "displacement": float(displacement.norm()),
             "codes": [
                 {"token": label, "code": float(code)}
                 for label, code in zip(self._layer_labels, codes.tolist(), strict=True)
@@ -383,7 +386,10 @@ class FeatureLibrary:
                 self.view, self.data.layer, self.sae, observation, [latent], queries[:1]
             )
             directions = random_directions(N_MEASURED_DIRECTIONS, self.sae.d_in)
-            controls = random_direction_effects(probe, directions=directions)
+            # As many frames as the table of effects takes, though not the same ones.
+            controls = random_direction_effects(
+                probe, directions=directions, n_frames_per_latent=N_EFFECT_FRAMES
+            )
             doses = dose_response(probe) if self._can_foretell else None
         own, others = controls.feature_px[0, 0], controls.control_px[0, :, 0]
         found: dict[str, Any] = {
@@ -522,11 +528,19 @@ class FeatureLibrary:
         best = [row.get("best_continuous"), row.get("best_binary")]
         return [name for name in best if name in self.concepts.names]
 
-    def _board(self) -> dict[str, list[float]] | None:
-        """Extents of the board that pictures show, where actions are places on it."""
+    def _board(self) -> dict[str, Any] | None:
+        """Extents of the board where actions are places on it, and the camera that shows it whole.
+
+        That is PushT's own: of another camera nobody says where the board lies in its pictures.
+        """
         if self.view.data_schema.action_dim != 2 or self.unit != "px":
             return None
-        return {"low": list(Grid().low), "high": list(Grid().high)}
+        shown = [name for name in PushTTask().data_schema().cameras if name in self.studio.cameras]
+        return {
+            "low": list(Grid().low),
+            "high": list(Grid().high),
+            "camera": shown[0] if shown else None,
+        }
 
     @property
     def _can_foretell(self) -> bool:

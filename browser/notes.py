@@ -137,7 +137,7 @@ class NoteBook:
             What is there now, with its version.
 
         Raises:
-            NoteConflictError: If another version is there.
+            NoteConflictError: If another version with other texts is there.
             ValueError: If there is no such feature, or the file is damaged.
         """
         self._check(latent)
@@ -145,10 +145,10 @@ class NoteBook:
             document = self._document()
             notes = self._notes(document)
             current = notes.get(latent, Note())
-            if current.version != note.version:
-                raise NoteConflictError(latent, current)
             if current.says(note):
                 return current
+            if current.version != note.version:
+                raise NoteConflictError(latent, current)
             notes[latent] = replace(note, version=note.version + 1)
             self._replace(document, notes)
             return notes[latent]

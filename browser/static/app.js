@@ -85,7 +85,10 @@ class Shell {
       main.append(this.makePanel(name));
     }
     list.addEventListener("keydown", (event) => this.moveByKey(event));
-    window.addEventListener("hashchange", () => this.show(tabInHash(this.names)));
+    window.addEventListener("hashchange", (event) => {
+      this.leave(new URL(event.oldURL).hash);
+      this.show(tabInHash(this.names));
+    });
     this.show(tabInHash(this.names));
   }
 
@@ -115,6 +118,12 @@ class Shell {
   /** Go where this tab was left. */
   open(name) {
     location.hash = this.lastHash.get(name) ?? `#${name}`;
+  }
+
+  /** Tabs replace their address while they are shown, which is no event. */
+  leave(hash) {
+    const name = this.names.find((each) => hash.slice(1).split(/[/?&]/)[0] === each);
+    if (name) this.lastHash.set(name, hash);
   }
 
   show(name) {

@@ -201,8 +201,8 @@ function pathOf(chunk, colour, thin) {
 }
 
 /**
- * Curves over a shared x axis, with ticks.
- * @param {{x: number[], y: number[], colour: string, dash?: string}[]} series
+ * Curves over a shared x axis, with ticks; gaps where there is no value.
+ * @param {{x: number[], y: (number|null)[], colour: string, dash?: string}[]} series
  */
 export function lineChart(series, { x: xTitle, y: yTitle, mark }) {
   const [left, right, top, bottom, width, height] = [46, 8, 14, 34, 420, 200];
@@ -235,9 +235,10 @@ export function lineChart(series, { x: xTitle, y: yTitle, mark }) {
     svg("text", { x: left, y: 10, text: yTitle }),
   );
   for (const { x, y, colour, dash } of series) {
-    const path = x.map((value, place) => `${px(value)},${py(y[place])}`).join(" ");
+    // Each known value goes on from the one before, or begins anew behind a gap.
+    const path = x.map((value, place) => (y[place] === null ? "" : `${(y[place - 1] ?? null) === null ? "M" : "L"}${px(value)} ${py(y[place])}`)).join("");
     chart.append(
-      svg("polyline", { points: path, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash }),
+      svg("path", { d: path, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash }),
     );
   }
   return chart;

@@ -462,9 +462,11 @@ function legend() {
 
 /** The tab: what is chosen, what is asked, and what is shown. */
 class Tab {
-  constructor(element, session) {
+  /** @param {HTMLElement} element @param {object} session @param {boolean} isFirst whether an address that names no tab is this one's */
+  constructor(element, session, isFirst) {
     this.element = element;
     this.session = session;
+    this.isFirst = isFirst;
     this.isAsked = false;
     this.isAsking = false;
     this.isExplaining = false;
@@ -647,8 +649,10 @@ class Tab {
   // What changes
 
   set(changes) {
+    const before = JSON.stringify(this.question());
     Object.assign(this.state, changes);
-    this.isExplaining = false;
+    // What is only drawn otherwise stays explained.
+    if (JSON.stringify(this.question()) !== before) this.isExplaining = false;
     if ("episode" in changes) this.stop();
     this.sync();
     this.ask();
@@ -851,8 +855,12 @@ class Tab {
     clearTimeout(this.hashTimer);
     // Browsers refuse addresses that change many times a second.
     this.hashTimer = setTimeout(() => {
-      if (isMine(location.hash)) history.replaceState(null, "", this.hash());
+      if (this.isMine(location.hash)) history.replaceState(null, "", this.hash());
     }, HASH_MS);
+  }
+
+  isMine(hash) {
+    return hash === "" ? this.isFirst : hash.slice(1).split(/[/?&]/)[0] === "landscape";
   }
 
   hash() {
@@ -873,7 +881,7 @@ class Tab {
   }
 
   hashChanged() {
-    if (!isMine(location.hash)) return this.stop();
+    if (!this.isMine(location.hash)) return this.stop();
     if (location.hash === this.hash()) return;
     if (!location.hash.includes("?")) return this.writeHash();
     this.readHash();
@@ -882,7 +890,7 @@ class Tab {
   }
 
   readHash() {
-    if (!isMine(location.hash)) return;
+    if (!this.isMine(location.hash)) return;
     const given = new URLSearchParams(location.hash.split("?")[1] ?? "");
     const place = (name) => this.session.policies.findIndex((policy) => policy.name === name);
     const whole = (name) => (/^\d+$/.test(given.get(name) ?? "") ? Number(given.get(name)) : null);
@@ -903,8 +911,6 @@ class Tab {
   }
 }
 
-const isMine = (hash) => hash === "" || hash.slice(1).split(/[/?&]/)[0] === "landscape";
-
 function familiarNotes({ nearest_px, median_px, q95_px, n_poses, n_episodes }) {
   const from = `${fixed(nearest_px)} px from the nearest of ${n_poses} poses in ${n_episodes} demonstrations.`;
   if (median_px === null || q95_px === null) return [[from]];
@@ -913,8 +919,8 @@ function familiarNotes({ nearest_px, median_px, q95_px, n_poses, n_episodes }) {
   return [[`${from} ${usual}`]];
 }
 
-/** Fill the tab. @param {HTMLElement} element */
-export async function mount(element) {
+/** Fill the tab. @param {HTMLElement} element @param {object} page what the whole page shows */
+export async function mount(element, page) {
   const session = await getJson("/api/explorer/session");
-  new Tab(element, session).start();
+  new Tab(element, session, !page.features).start();
 }

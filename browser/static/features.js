@@ -110,6 +110,9 @@ function isInPictures(tokens) {
   return inCells > sum(tokens.others.map(({ value }) => value));
 }
 
+/** What to know of seconds where the data state none. */
+const guessOf = ({ fps, fps_is_known: isKnown }) => (isKnown ? "" : ` The data state no frame rate: seconds are a guess, of ${number(fps, 0)} frames each.`);
+
 /** A panel with a heading, tools beside it, and how to read it below. */
 function panel(title, { tools = [], how = null }, ...content) {
   return el(
@@ -127,8 +130,9 @@ class FeatureView {
     this.listing = page.listing;
     this.page = page;
     this.latent = detail.latent;
-    this.hasMap = isInPictures(detail.tokens);
     this.camera = page.camera;
+    this.hasCells = Object.hasOwn(detail.tokens?.cameras ?? {}, this.camera);
+    this.hasMap = this.hasCells && isInPictures(detail.tokens);
     this.parts = [this.head()];
     if (!detail.is_live) return;
     const [strongest] = detail.clips;
@@ -199,7 +203,7 @@ class FeatureView {
       ["fires in", `${percent(numbers.frame_density_held_out)} of held-out frames`, `training: ${percent(numbers.frame_density)}`],
       ["episodes with it", `${percent(numbers.episode_share_held_out)} of ${episodes.held_out} held out`, `training: ${percent(numbers.episode_share)} of ${episodes.train}`],
       ["general or memorised", numbers.is_general ? "general" : "not general", rule],
-      ["mostly at", `${numbers.main_token} (${percent(numbers.main_token_share)})`, "share of its firing that happens there, training frames"],
+      ["mostly at", `${numbers.main_token ?? "–"} (${percent(numbers.main_token_share)})`, "share of its firing that happens there, training frames"],
       ["activation where it fires", `${number(numbers.mean_activation)} (largest ${number(numbers.max_activation)})`, "training frames"],
     ];
     const list = el("dl", { class: "facts" });
@@ -220,8 +224,8 @@ class FeatureView {
     return panel(
       "Strongest moments",
       {
-        tools: [el("label", { class: "small" }, map, "show where it fires"), el("label", { class: "small" }, moves, "play")],
-        how: "Held-out frames where the feature is strongest, at least a second apart and from as many episodes as possible, 1.5 s before and after. Colours: its activation in each cell, from none (dark) to its largest. Click one to see its episode.",
+        tools: [this.hasCells ? el("label", { class: "small" }, map, "show where it fires") : null, el("label", { class: "small" }, moves, "play")],
+        how: `Held-out frames where the feature is strongest, at least a second apart and from as many episodes as possible, 1.5 s before and after.${this.hasCells ? " Colours: its activation in each cell, from none (dark) to its largest." : ""} Click one to see its episode.${guessOf(this.listing)}`,
       },
       grid,
     );
@@ -261,6 +265,8 @@ class Timeline {
     this.frame = frame;
     this.values = [];
     this.lanes = [];
+    /** What the server says of the episode; null until it does. */
+    this.found = null;
     this.element = this.build();
     this.load(episode, frame);
   }
@@ -299,8 +305,8 @@ class Timeline {
     return panel(
       "In an episode",
       {
-        tools: [this.choice, camera === null ? null : el("label", { class: "small" }, this.map, "show where it fires"), camera === null ? null : this.play],
-        how: "The feature’s strongest token in each frame; below, the concepts that training episodes say it goes with. Click or drag on the curve, or use the arrow keys, to go to a frame; what is steered below is that frame.",
+        tools: [this.choice, this.view.hasCells ? el("label", { class: "small" }, this.map, "show where it fires") : null, camera === null ? null : this.play],
+        how: `The feature’s strongest token in each frame; below, the concepts that training episodes say it goes with. Click or drag on the curve, or use the arrow keys, to go to a frame; what is steered below is that frame.${guessOf(listing)}`,
       },
       el("div", { class: "timeline" }, video, el("div", {}, this.curve, this.readout)),
     );
@@ -308,6 +314,8 @@ class Timeline {
 
   async load(episode, frame) {
     this.episode = episode;
+    this.frame = frame;
+    this.found = null;
     this.choice.value = String(episode);
     try {
       const found = await getJson(`/api/features/${this.view.latent}/timeline?${query({ episode })}`);
@@ -315,8 +323,8 @@ class Timeline {
       this.found = found;
       this.values = found.values;
       this.drawLanes(found);
-      this.frame = frame;
-      this.moveCursor(frame);
+      this.frame = this.inside(this.frame);
+      this.moveCursor(this.frame);
       this.loadVideo();
       this.tell();
     } catch (error) {
@@ -354,9 +362,14 @@ class Timeline {
     this.element.scrollIntoView({ block: "nearest", behavior: "smooth" });
   }
 
+  inside(frame) {
+    return Math.max(0, Math.min(this.values.length - 1, frame));
+  }
+
   seek(frame, isChosen = false) {
-    const last = this.values.length - 1;
-    this.frame = Math.max(0, Math.min(last, frame));
+    // How long the episode is, and what to show, comes with the answer.
+    this.frame = this.found ? this.inside(frame) : frame;
+    if (!this.found) return;
     // The middle of a frame: its border may round to the one before.
     this.video.currentTime = (this.frame + 0.5) / this.fps;
     this.moveCursor(this.frame);
@@ -364,6 +377,7 @@ class Timeline {
   }
 
   tell() {
+    if (!this.found) return;
     for (const listener of this.listeners) listener(this.episode, this.frame);
   }
 
@@ -387,7 +401,7 @@ class Timeline {
   /** Let the cursor follow the video. */
   watch() {
     const step = (_, shown) => {
-      if (this.video.paused) return;
+      if (this.video.paused || !this.found) return;
       const time = shown?.mediaTime ?? this.video.currentTime;
       this.frame = Math.min(this.values.length - 1, Math.round(time * this.fps));
       this.moveCursor(this.frame);
@@ -408,12 +422,14 @@ class Timeline {
   }
 
   drag(event) {
+    if (!this.found) return;
     const box = this.curve.querySelector("svg").getBoundingClientRect();
     const share = (event.clientX - box.left) / box.width;
     this.seek(Math.round(share * (this.values.length - 1)), true);
   }
 
   moveByKey(event) {
+    if (!this.found) return;
     const last = this.values.length - 1;
     const second = Math.round(this.fps);
     const goal = {
@@ -445,7 +461,9 @@ class Steering {
   constructor(view) {
     this.view = view;
     const { listing, detail } = view;
-    this.board = listing.board;
+    /** Whether what is shown is the board: paths belong on no other picture. */
+    this.isOnBoard = view.camera === null || view.camera === listing.board?.camera;
+    this.board = this.isOnBoard ? listing.board : null;
     this.unit = listing.unit;
     this.wish = newestOnly(
       (asked) => this.ask(asked),
@@ -463,7 +481,7 @@ class Steering {
     this.mode = { scale: el("input", { type: "radio", name: "mode", value: "scale" }), clamp: el("input", { type: "radio", name: "mode", value: "clamp" }) };
     this.mode.scale.checked = true;
     for (const input of Object.values(this.mode)) input.addEventListener("change", () => this.update());
-    const most = detail.numbers.max_activation;
+    const most = detail.top;
     this.scale = this.slider("Times its own activation", { min: -4, max: 4, step: 0.1, value: 0 }, (value) => `× ${number(value, 1)}`, "scale");
     this.clamp = this.slider("Held at, on all tokens", { min: 0, max: (2 * most).toPrecision(3), step: (most / 50).toPrecision(2), value: most.toPrecision(2) }, (value) => number(value), "clamp");
     this.step = this.slider("Chunk step", { min: 0, max: listing.chunk_size - 1, step: 1, value: 0 }, (value) => (value ? `${value} (${number(value / listing.fps, 1)} s ahead)` : "0 (now)"), "step", () => this.draw());
@@ -484,7 +502,7 @@ class Steering {
       "Steer",
       {
         tools: [this.title, this.board ? el("label", { class: "small" }, this.isClose, "close-up") : null],
-        how: `The policy predicts with the feature’s activation scaled or held; all else stays. Yardstick: every token is moved as far, along random directions. p is the share of them that move the action at least as much. Most random directions miss what the policy reads, so exceeding them is the least a feature should do.`,
+        how: `The policy predicts with the feature’s activation scaled or held; all else stays. Yardstick: every token is moved as far, along random directions. p is the share of them that move the action at least as much. Most random directions miss what the policy reads, so exceeding them is the least a feature should do.${this.isOnBoard || !listing.board ? "" : ` Camera ${this.view.camera} is not known to show the board, so actions are drawn as curves and not as paths on its picture.`}`,
       },
       el(
         "div",
@@ -579,7 +597,7 @@ class Steering {
 
   say(step) {
     const { change_px: px, directions_px: quantiles, p, n_directions: n, codes, asked } = this.answer;
-    const active = codes.filter(({ code }) => code > 0);
+    const active = codes.filter(({ code }) => code > 0).sort((one, other) => other.code - one.code);
     if (!active.length && asked.scale !== undefined) {
       this.text.textContent = "The feature is silent in this frame: there is nothing to scale. Choose a frame where it fires, or clamp it.";
       return;
@@ -602,7 +620,7 @@ function effectsPanel(view) {
   const { numbers } = view.detail;
   const { queries, unit, obstacle } = view.listing;
   if (!queries || !numbers.n_effect_frames) {
-    const reason = obstacle ?? (queries ? "it fired in none of the frames on which effects were measured" : "effects were not measured");
+    const reason = obstacle ?? (queries ? `it fired in none of the frames on which effects were measured, at chunk step ${queries[0]}` : "effects were not measured");
     return panel("Effect on the action", {}, el("p", { class: "muted", text: `No figure: ${reason}.` }));
   }
   const arrows = el("div", { class: "arrows" });

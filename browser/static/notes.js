@@ -12,6 +12,8 @@ export class NoteStore {
     this.autoencoder = autoencoder;
     this.saved = new Map();
     this.drafts = new Map();
+    /** Saves on their way, by feature. */
+    this.sending = new Map();
     this.listeners = [];
     this.replaceAll(notes);
     window.addEventListener("beforeunload", (event) => {
@@ -35,7 +37,9 @@ export class NoteStore {
   type(latent, name, note) {
     const { version } = this.draftOf(latent);
     const there = this.of(latent);
-    if (name === there.name && note === there.note) this.drafts.delete(latent);
+    const isThere = name === there.name && note === there.note;
+    // What is on its way will be there instead.
+    if (isThere && !this.sending.has(latent)) this.drafts.delete(latent);
     else this.drafts.set(latent, { name, note, version });
   }
 
@@ -44,17 +48,26 @@ export class NoteStore {
   }
 
   /** Save; `true` when it is on disk. Asks which text stays where somebody else wrote. */
-  async save(latent) {
-    const draft = this.draftOf(latent);
+  save(latent) {
+    const sending = this.send(latent).finally(() => this.sending.delete(latent));
+    this.sending.set(latent, sending);
+    return sending;
+  }
+
+  async send(latent) {
+    const sent = this.draftOf(latent);
     try {
-      const written = await postJson(`/api/features/${latent}/note`, draft);
+      const written = await postJson(`/api/features/${latent}/note`, sent);
       this.saved.set(latent, written);
-      this.drafts.delete(latent);
+      const typed = this.drafts.get(latent);
+      const isNewer = typed && (typed.name !== sent.name || typed.note !== sent.note);
+      if (isNewer) this.drafts.set(latent, { ...typed, version: written.version });
+      else this.drafts.delete(latent);
       this.changed();
-      return true;
+      return !isNewer;
     } catch (error) {
       if (error.status !== 409) throw error;
-      return this.settle(latent, draft, error.body.current);
+      return this.settle(latent, this.draftOf(latent), error.body.current);
     }
   }
 
@@ -72,7 +85,7 @@ export class NoteStore {
     if (choice === "mine") {
       this.drafts.set(latent, { ...mine, version: theirs.version });
       this.changed();
-      return this.save(latent);
+      return this.send(latent);
     }
     if (choice === "theirs") this.drafts.delete(latent);
     else this.drafts.set(latent, { ...mine, version: theirs.version });
@@ -163,7 +176,7 @@ export function noteFields(store, latent) {
 
   const refresh = (text) => {
     const isDirty = store.drafts.has(latent);
-    save.disabled = !isDirty;
+    save.disabled = !isDirty || store.sending.has(latent);
     status.textContent = text ?? (isDirty ? "not saved yet" : "");
   };
   const typed = () => {
@@ -178,9 +191,11 @@ export function noteFields(store, latent) {
   });
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    status.textContent = "saving …";
+    if (store.sending.has(latent)) return;
     try {
-      const isSaved = await store.save(latent);
+      const saving = store.save(latent);
+      refresh("saving …");
+      const isSaved = await saving;
       const now = store.draftOf(latent);
       name.value = now.name;
       note.value = now.note;
@@ -191,5 +206,7 @@ export function noteFields(store, latent) {
     }
   });
   refresh();
+  // Begun in the form that was here before.
+  store.sending.get(latent)?.then(() => refresh(), () => refresh());
   return form;
 }

@@ -1,10 +1,12 @@
 """The landscape tab in a real browser: what a hand does, and what it sees."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
+from tiny_browser import make_run, parts, session
 from tiny_explorer import tiny_explorer
 
 from browser.server import create_app, serving
@@ -186,6 +188,80 @@ def test_slow_methods_wait_to_be_asked_and_say_nothing_of_the_next_pose(open_pag
     page.keyboard.press("ArrowLeft")
     answered(page, "Moved")
     expect(page.locator(".shares li")).to_have_count(0)
+
+
+def test_what_was_explained_stays_when_it_is_only_drawn_otherwise(open_page, address):
+    page = open_page(f"{address}#landscape?episode=2&frame=5&attention=occlusion")
+    answered(page)
+    page.get_by_role("button", name="Explain this pose").click()
+    expect(page.locator(".shares li")).to_have_count(2)
+    expect(page.locator(".policy .board .region").first).to_be_attached()
+    page.get_by_label("Regions", exact=True).uncheck()
+    expect(page.locator(".policy .board .region")).to_have_count(0)
+    expect(page.locator(".shares li")).to_have_count(2)
+
+
+def test_an_answer_to_an_older_question_is_not_shown(open_page, address):
+    page = open_page(f"{address}#landscape?episode=1&frame=2")
+    answered(page)
+    before = heat(page)
+    held = []
+    page.route("**/api/explorer/answer", lambda route: held.append(route))
+    page.get_by_role("button", name="Next frame").click()
+    page.get_by_role("button", name="Next frame").click()
+    waited_for(page, held, 1)
+    held[0].continue_()
+    # The next question leaves when the first answer was dealt with.
+    waited_for(page, held, 2)
+    assert heat(page) == before
+    held[1].continue_()
+    expect(page.locator(".policy .board image").first).not_to_have_attribute("href", before)
+
+
+def waited_for(page: Page, held: list, n: int) -> None:
+    patience = time.monotonic() + 20
+    while len(held) < n:
+        assert time.monotonic() < patience
+        page.wait_for_timeout(20)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Features and landscapes in one page."""
+    folder = tmp_path_factory.mktemp("both")
+    library, notes = parts(session(make_run(folder), folder / "clips"))
+    explorer = tiny_explorer(folder)
+    with serving(create_app(library, explorer, notes)) as address:
+        yield address
+    explorer.close()
+
+
+def test_a_moved_pose_is_still_there_after_a_look_at_features(open_page, both):
+    page = open_page(f"{both}#landscape?episode=2&frame=5")
+    answered(page)
+    number(page, "Agent x, px").fill("123")
+    number(page, "Agent x, px").press("Tab")
+    expect(page).to_have_url(re.compile("pose=123"))
+    page.get_by_role("tab", name="Features").click()
+    expect(page.locator(".feature-detail h2")).to_be_visible()
+    page.get_by_role("tab", name="Landscape").click()
+    expect(page).to_have_url(re.compile("#landscape.*pose=123"))
+    answered(page, "Moved")
+    expect(number(page, "Agent x, px")).to_have_value("123")
+
+
+def test_back_leads_to_features_and_stays_there(open_page, both):
+    page = open_page(both)
+    expect(page.locator(".feature-detail h2")).to_be_visible()
+    page.get_by_role("tab", name="Landscape").click()
+    answered(page)
+    number(page, "Agent x, px").fill("123")
+    number(page, "Agent x, px").press("Tab")
+    page.go_back()
+    expect(page.get_by_role("tab", name="Features")).to_have_attribute("aria-selected", "true")
+    # Longer than the address of the landscape waits before it is written.
+    page.wait_for_timeout(600)
+    assert "landscape" not in page.url
 
 
 def test_two_policies_answer_the_same_pose_side_by_side(open_page, address):

@@ -1,9 +1,10 @@
 """The tab of features: its numbers are the library's, and the page does what it says."""
 
 import json
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,8 @@ def test_steering_is_what_the_policy_does_when_it_is_spliced(opened, strongest):
             atol=1e-3,
             check_dtype=False,
         )
+        n_beyond = (torch.stack(others) >= px).sum(0)
+        assert found["p"] == ((1 + n_beyond) / 4).tolist()
 
 
 def test_a_factor_of_one_changes_nothing(opened, strongest):
@@ -145,7 +148,7 @@ def test_effects_on_demand_are_those_of_the_probe(opened, strongest):
     moments = library._active_moments(latent, 32)
     observation = library._observe(moments)
     probe = FeatureProbe(library.view, library.data.layer, library.sae, observation, [latent])
-    own = feature_effects(probe, (0.0,), n_frames_per_latent=8)
+    own = feature_effects(probe, (0.0,), n_frames_per_latent=16)
     assert found["ablated_px"] == pytest.approx(float(own.magnitude_px[0, 0, 0]), rel=1e-4)
     assert 0 < found["p"] <= 1
     assert found["doses"]["measured_px"][0] < found["doses"]["measured_px"][-1]
@@ -222,6 +225,20 @@ def address(opened) -> Iterator[str]:
         yield where
 
 
+def hold(page, pattern: str) -> list[Any]:
+    """Requests that wait until the test lets them go on."""
+    held: list[Any] = []
+    page.route(pattern, lambda route: held.append(route))
+    return held
+
+
+def until(page, condition: Callable[[], Any]) -> None:
+    patience = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < patience
+        page.wait_for_timeout(20)
+
+
 def rows(page) -> list[str]:
     return page.locator(".row").evaluate_all("rows => rows.map(row => row.dataset.latent)")
 
@@ -271,14 +288,32 @@ def test_videos_play_and_the_curve_seeks(address, strongest, open_page):
     page.keyboard.press("Home")
     page.click("button:text-is('Play')")
     wait_until(page, "document.querySelector('.curve').getAttribute('aria-valuenow') > 1")
+    # Registered behind the page's own, this callback sees the cursor of the same frame.
+    pairs = page.evaluate(
+        """() => new Promise((resolve) => {
+          const video = document.querySelector(".timeline video");
+          const curve = document.querySelector(".curve");
+          const pairs = [];
+          const look = (_, { mediaTime }) => {
+            pairs.push([mediaTime, Number(curve.getAttribute("aria-valuenow"))]);
+            if (pairs.length === 4) resolve(pairs);
+            else video.requestVideoFrameCallback(look);
+          };
+          video.requestVideoFrameCallback(look);
+        })"""
+    )
+    for time, frame in pairs:
+        assert abs(time * 10 - frame) < 0.5
     page.click("button:text-is('Pause')")
 
 
 @pytest.mark.browser
-def test_the_slider_changes_what_the_policy_would_do(address, strongest, open_page):
-    latent, _ = strongest
+def test_the_slider_changes_what_the_policy_would_do(address, opened, strongest, open_page):
+    latent, moment = strongest
     page = open_page(f"{address}#features/{latent}")
     wait_until(page, "document.querySelector('.answer')?.textContent.includes('moves by')")
+    p = opened.library.steer(latent, moment, scale=0.0)["p"][0]
+    assert f"p = {p:.3f}" in (page.text_content(".answer") or "")
 
     def turned() -> str:
         return page.locator(".stage polyline").last.get_attribute("points") or ""
@@ -371,6 +406,153 @@ def test_two_tabs_do_not_write_over_each_other(address, opened, chromium):
     second.wait_for_selector(".status:has-text('saved')")
     assert opened.notes.read()[latent].name == "second"
     context.close()
+
+
+@pytest.mark.browser
+def test_a_double_click_saves_once_and_asks_nothing(address, opened, open_page):
+    latent = live(opened.library)[4]
+    page = open_page(f"{address}#features/{latent}")
+    page.fill("input[name=name]", "twice")
+    sent = []
+    page.on("request", lambda request: sent.append(request.url) if "/note" in request.url else None)
+    page.dblclick("text=Save")
+    page.wait_for_selector(".status:has-text('saved')")
+    assert len(sent) == 1
+    assert opened.notes.read()[latent] == Note("twice", "", 1)
+    assert page.locator("dialog").count() == 0
+
+
+@pytest.mark.browser
+def test_what_is_typed_while_a_save_is_on_its_way_stays(address, opened, open_page):
+    latent = live(opened.library)[5]
+    page = open_page(f"{address}#features/{latent}")
+    held = hold(page, "**/note")
+    page.fill("input[name=name]", "first")
+    page.click("text=Save")
+    until(page, lambda: held)
+    page.fill("input[name=name]", "first and more")
+    assert page.is_disabled("button:text-is('Save')")
+    held.pop().continue_()
+    page.wait_for_selector(".status:has-text('not saved yet')")
+    assert page.input_value("input[name=name]") == "first and more"
+    page.click("text=Save")
+    until(page, lambda: held)
+    # Back to what was there when it was sent, but not to what will be.
+    page.fill("input[name=name]", "first")
+    held.pop().continue_()
+    wait_until(page, "!document.querySelector('.notes button').disabled")
+    assert page.input_value("input[name=name]") == "first"
+    assert opened.notes.read()[latent] == Note("first and more", "", 2)
+
+
+@pytest.mark.browser
+def test_an_older_steering_answer_is_not_shown(address, strongest, open_page):
+    latent, _ = strongest
+    page = open_page(f"{address}#features/{latent}")
+    wait_until(page, "document.querySelector('.answer')?.textContent.includes('moves by')")
+    said = page.text_content(".answer")
+    held = hold(page, "**/steer?*")
+    for value, key in (("4", "End"), ("-4", "Home")):
+        page.focus("input[name=scale]")
+        page.keyboard.press(key)
+        assert page.input_value("input[name=scale]") == value
+        until(page, lambda: held)
+    held[0].continue_()
+    # The next question leaves when the first answer was dealt with.
+    until(page, lambda: len(held) == 2)
+    assert page.text_content(".answer") == said
+    held[1].continue_()
+    wait_until(page, "said => document.querySelector('.answer').textContent !== said", said)
+
+
+@pytest.mark.browser
+def test_a_feature_that_comes_late_does_not_replace_the_chosen_one(address, opened, open_page):
+    first, late, chosen = live(opened.library)[:3]
+    page = open_page(f"{address}#features/{first}")
+    page.wait_for_selector(f"h2:text-is('Feature {first}')")
+    held = hold(page, f"**/api/features/{late}")
+    page.click(f".row[data-latent='{late}']")
+    until(page, lambda: held)
+    page.click(f".row[data-latent='{chosen}']")
+    page.wait_for_selector(f"h2:text-is('Feature {chosen}')")
+    with page.expect_response(f"**/api/features/{late}") as response:
+        held[0].continue_()
+    response.value.finished()
+    # Whatever the answer leads to is done before a later one is read.
+    page.evaluate("fetch('/api/session').then((answer) => answer.json())")
+    assert page.text_content(".feature-detail h2") == f"Feature {chosen}"
+
+
+@pytest.mark.browser
+def test_a_clip_clicked_before_the_episode_is_there_is_not_forgotten(
+    address, opened, strongest, open_page
+):
+    latent, moment = strongest
+    clips = opened.library.detail(latent)["clips"]
+    wished = next((each for each in clips[1:] if each["episode"] == moment.episode), clips[1])
+    page = open_page(f"{address}#features")
+    page.wait_for_selector(".row")
+    held = hold(page, "**/timeline?*")
+    page.evaluate(f"location.hash = '#features/{latent}'; location.reload()")
+    until(page, lambda: held)
+    page.focus(".curve")
+    page.keyboard.press("End")
+    page.click(f".clip:has-text('ep. {wished['episode']}, frame {wished['frame']}')")
+    page.wait_for_timeout(0)
+    until(page, lambda: len(held) == 1 + (wished["episode"] != moment.episode))
+    for route in held:
+        route.continue_()
+    page.wait_for_selector(f"text=/episode {wished['episode']}, frame {wished['frame']} /")
+    assert page.get_attribute(".curve", "aria-valuenow") == str(wished["frame"])
+
+
+@pytest.mark.browser
+def test_a_feature_without_a_training_maximum_can_be_clamped(
+    opened, strongest, open_page, monkeypatch
+):
+    latent, _ = strongest
+    rows = opened.library.described.rows
+    silent = {"max_activation": None, "mean_activation": None, "main_token_share": None}
+    monkeypatch.setitem(rows, latent, {**rows[latent], **silent})
+    with serving(create_app(opened.library, None, opened.notes)) as address:
+        page = open_page(f"{address}#features/{latent}")
+        wait_until(page, "document.querySelector('.answer')?.textContent.includes('moves by')")
+        most = float(page.get_attribute("input[name=clamp]", "max") or 0)
+        assert most == pytest.approx(2 * opened.library.detail(latent)["top"], rel=0.01)
+        assert page.is_hidden(".notice")
+        page.context.close()
+
+
+@pytest.mark.browser
+def test_paths_are_drawn_on_no_camera_but_the_boards(opened, strongest, open_page, monkeypatch):
+    latent, _ = strongest
+    listing = opened.library.listing()
+    assert listing["board"]["camera"] == "image"
+    listing["board"]["camera"] = "another"
+    monkeypatch.setattr(opened.library, "listing", lambda: listing)
+    with serving(create_app(opened.library, None, opened.notes)) as address:
+        page = open_page(f"{address}#features/{latent}")
+        page.wait_for_selector("text=Camera image is not known to show the board")
+        page.wait_for_selector(".stage .chart")
+        assert page.locator(".stage image").count() == 0
+        page.context.close()
+
+
+@pytest.mark.browser
+def test_a_map_is_offered_only_where_there_are_cells(opened, strongest, open_page, monkeypatch):
+    latent, _ = strongest
+    page_text = "text=show where it fires"
+    detail = opened.library.detail(latent)
+    others = [{"token": "frame", "value": 1.0}]
+    for cameras, n_offers in ((detail["tokens"]["cameras"], 2), ({}, 0)):
+        shown = {**detail, "tokens": {"cameras": cameras, "others": others}}
+        monkeypatch.setattr(opened.library, "detail", lambda _, shown=shown: shown)
+        with serving(create_app(opened.library, None, opened.notes)) as address:
+            page = open_page(f"{address}#features/{latent}")
+            page.wait_for_selector(".timeline .lane")
+            assert page.locator(page_text).count() == n_offers
+            assert page.locator("text=its activation in each cell").count() == n_offers // 2
+            page.context.close()
 
 
 @pytest.mark.browser

@@ -52,6 +52,12 @@ def test_an_older_version_is_refused_and_nothing_changes(path):
     assert first.read()[5] == Note("second", "", 2)
 
 
+def test_the_same_text_twice_is_no_conflict(path):
+    once = book(path).write(5, Note("same"))
+    assert book(path).write(5, Note("same")) == once
+    assert book(path).read() == {5: once}
+
+
 def test_other_features_do_not_conflict(path):
     first, second = book(path), book(path)
     first.write(1, Note("one"))
