@@ -21,6 +21,7 @@ from callbacks.loggers import CSV_FILE, WandbLog
 from callbacks.progress import in_words
 from callbacks.run_folder import MEDIA
 from policies.atomic_files import write_atomically
+from policies.interface import PolicyView
 
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report/index.html"
@@ -160,6 +161,10 @@ def _table(trainer: Trainer, summary: Mapping[str, Any], keys: Sequence[str]) ->
     ):
         if summary[key]:
             table.add_row(label, _short(run / summary[key]))
+    if summary["checkpoint"] and isinstance(
+        getattr(trainer.lightning_module, "view", None), PolicyView
+    ):
+        table.add_row("look inside", f"python analyze.py browse --policy_path {_short(run)}")
     for key, path in summary["videos"].items():
         table.add_row(key, _short(run / path))
     if (run / CSV_FILE).is_file():
