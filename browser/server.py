@@ -149,9 +149,6 @@ class OnlyOwnPage:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-                return
             # No tab talks over WebSockets, and browsers let every page open them.
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -277,6 +274,8 @@ def _server(app: Starlette) -> uvicorn.Server:
             app,
             log_level="warning",
             access_log=False,
+            # Nothing starts or ends with the page; a task for it would only be cut off.
+            lifespan="off",
             server_header=False,
             # What is still streaming to a page must not hold Ctrl-C up.
             timeout_graceful_shutdown=1,
