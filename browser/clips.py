@@ -174,11 +174,3 @@ class ClipStudio:
         files = sorted(folder.glob("*.mp4"), key=lambda file: file.stat().st_mtime_ns)
         for file in files[: max(0, len(files) - MAX_FILES + 1)]:
             file.unlink()
-
-
-def encode_png(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
-    """An RGB picture as the bytes of a PNG."""
-    import cv2
-
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    return encoded.tobytes()

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
@@ -68,6 +67,7 @@ from rendering.attention import (
 from rendering.attention_scenes import TITLES, attention_scenes, newest_pictures
 from rendering.colour import colour_table, colours
 from rendering.landscape import region_outlines
+from rendering.picture import encode_png
 
 ON_REQUEST = (IntegratedGradients.name, Occlusion.name)
 """Attention methods that take too long to follow a moving hand; the page asks for them once."""
@@ -958,5 +958,4 @@ def _points(points: Any) -> list[Any]:
 
 def _png(picture: UInt8[np.ndarray, "height width 3"]) -> str:
     """A picture as an address that a page can show."""
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    return f"data:image/png;base64,{b64encode(encoded.tobytes()).decode()}"
+    return f"data:image/png;base64,{b64encode(encode_png(picture)).decode()}"

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 from autoencoders.sae import SparseAutoencoder
-from browser.clips import ClipRequest, ClipStudio, encode_png
+from browser.clips import ClipRequest, ClipStudio
 from browser.notes import Note, NoteBook, NoteConflictError
 from datamodules.activations import ActivationDataModule
 from envs.push_t import PushTTask
@@ -39,6 +39,7 @@ from policies.act import ACTPolicy
 from policies.interface import Batch, Observation
 from rendering.colour import colour_table
 from rendering.features import COLORMAP
+from rendering.picture import encode_png
 
 FPS = 10.0
 """Of data that do not state it."""
@@ -162,8 +163,12 @@ class FeatureLibrary:
         """Held while the policy predicts: its hooks are not for several threads at once."""
         self._labels = [position_label(position) for position in record.positions]
         self._places = {
-            name: place_fields(record, xy, n_permutations=0)
-            for name, xy in _places(concepts).items()
+            name: place_fields(
+                record,
+                torch.stack([concepts.column(x_name), concepts.column(y_name)], -1),
+                n_permutations=0,
+            )
+            for name, (x_name, y_name) in concepts.places.items()
         }
         self._probe = lru_cache(maxsize=8)(self._new_probe)
 
@@ -604,16 +609,6 @@ def _episode_rows(record: FeatureRecord) -> dict[int, tuple[int, int]]:
         start, _ = rows.get(number, (row, row))
         rows[number] = (start, row + 1)
     return rows
-
-
-def _places(concepts: Concepts) -> dict[str, Float[Tensor, "frame 2"]]:
-    """Objects whose place on the board is known: ``<object>_x_px`` and ``<object>_y_px``."""
-    names = [name.removesuffix("_x_px") for name in concepts.names if name.endswith("_x_px")]
-    return {
-        name: torch.stack([concepts.column(f"{name}_x_px"), concepts.column(f"{name}_y_px")], -1)
-        for name in names
-        if f"{name}_y_px" in concepts.names
-    }
 
 
 def _distance_from_chance(score: Mapping[str, Any]) -> float:

@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             concepts["train"],
             concepts["held_out"],
             subject.data.demonstrations.fps or 10.0,
-            places=_places(concepts["held_out"].names),
+            places=concepts["held_out"].places,
             n_permutations=arguments.n_permutations,
             seed=arguments.seed,
             advance=advance,
@@ -118,13 +118,6 @@ def run(arguments: argparse.Namespace) -> int:
     _print(console, found.summary(), more, bases)
     console.print(f"written to {folder}", soft_wrap=True)
     return 0
-
-
-def _places(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Objects whose place on the board is known: ``<object>_x_px`` and ``<object>_y_px``."""
-    objects = [name.removesuffix("_x_px") for name in names if name.endswith("_x_px")]
-    pairs = {name: (f"{name}_x_px", f"{name}_y_px") for name in objects}
-    return {name: pair for name, pair in pairs.items() if pair[1] in names}
 
 
 def _can_edit(subject: Subject, queries: Sequence[int]) -> bool:

@@ -49,6 +49,13 @@ class Concepts:
                     f"{float(known.max())}; give 0, 1 or NaN"
                 )
 
+    @property
+    def places(self) -> dict[str, tuple[str, str]]:
+        """Objects whose place on the board is known: names of their x and y concepts, in px."""
+        objects = [name.removesuffix("_x_px") for name in self.names if name.endswith("_x_px")]
+        pairs = {name: (f"{name}_x_px", f"{name}_y_px") for name in objects}
+        return {name: pair for name, pair in pairs.items() if pair[1] in self.names}
+
     @classmethod
     def from_columns(
         cls,

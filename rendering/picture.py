@@ -14,9 +14,15 @@ def write_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]) -> Path:
     Raises:
         OSError: If the folder cannot be written to.
     """
+    content = encode_png(picture)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def encode_png(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """An RGB picture as the bytes of a PNG."""
     import cv2
 
     _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    with whole_file(path) as temporary:
-        temporary.write_bytes(encoded.tobytes())
-    return path
+    return encoded.tobytes()

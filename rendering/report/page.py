@@ -80,7 +80,8 @@ def report_page(
     encodings = encodings or Encodings()
     media = media_of(records)
     # Which files are in changes a few letters of the data, so room is left for every link.
-    bare = _skeleton(records, _data(records, folder, {}), max_size_mib, 0, 0)
+    data = _data(records, folder)
+    bare = _skeleton(records, data, max_size_mib, 0, 0)
     budget_bytes = int(max_size_mib * MIB) - len(bare.encode()) - 200 * len(media)
     if budget_bytes < 0:
         raise ValueError(
@@ -90,7 +91,9 @@ def report_page(
     chosen = choose(records, media, budget_bytes, encodings)
     encodings.forget_all_but(chosen)
     blocks = "".join(_block(f"file-{n}", encodings, medium) for n, medium in enumerate(chosen))
-    data = _data(records, folder, {medium: n for n, medium in enumerate(chosen)})
+    for n, medium in enumerate(chosen):
+        entries = data["runs"][medium.run]["media"][medium.step][medium.kind]
+        entries[medium.key]["id"] = f"file-{n}"
     size_bytes = len(bare.encode()) + len(blocks)
     page = _skeleton(records, data, max_size_mib, size_bytes, len(media) - len(chosen))
     html = page.replace(_MEDIA_MARK, blocks)
@@ -280,9 +283,8 @@ def _block(name: str, encodings: Encodings, medium: Medium) -> str:
     return f'<script type="{embedded.mime_type}" id="{name}">{embedded.text}</script>\n'
 
 
-def _data(
-    records: Sequence[RunRecord], folder: Path, number_of: Mapping[Medium, int]
-) -> dict[str, Any]:
+def _data(records: Sequence[RunRecord], folder: Path) -> dict[str, Any]:
+    """All that the page is made from but files, none of which has a place in it yet."""
     logged = dict.fromkeys(name for record in records for name in record.metrics)
     keys = dict.fromkeys(
         key
@@ -292,7 +294,7 @@ def _data(
         for key in kinds.get(kind, {})
     )
     return {
-        "runs": [_run(number, record, folder, number_of) for number, record in enumerate(records)],
+        "runs": [_run(record, folder) for record in records],
         "charts": charts(records),
         "sections": [
             {"key": key, "title": title, "sentence": sentence}
@@ -319,9 +321,7 @@ def _headlines(logged: Iterable[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _run(
-    number: int, record: RunRecord, folder: Path, number_of: Mapping[Medium, int]
-) -> dict[str, Any]:
+def _run(record: RunRecord, folder: Path) -> dict[str, Any]:
     axes: dict[tuple[int, ...], int] = {}
     metrics = {}
     for name, values in record.metrics.items():
@@ -342,9 +342,7 @@ def _run(
         "media": {
             step: {
                 kind: {
-                    key: _file(
-                        Medium(number, step, kind, key, record.folder / path), folder, number_of
-                    )
+                    key: _file(record.folder / path, folder)
                     for key, path in kinds.get(kind, {}).items()
                 }
                 for kind in (*KINDS, "arrays")
@@ -362,13 +360,12 @@ def _run(
     }
 
 
-def _file(medium: Medium, folder: Path, number_of: Mapping[Medium, int]) -> dict[str, Any]:
-    path = os.path.relpath(medium.path.resolve(), folder.resolve())
-    there = medium.path.is_file()
+def _file(file: Path, folder: Path) -> dict[str, Any]:
+    path = os.path.relpath(file.resolve(), folder.resolve())
     return {
-        "id": f"file-{number_of[medium]}" if medium in number_of else None,
+        "id": None,
         "path": Path(path).as_posix(),
-        "mib": round(medium.path.stat().st_size / MIB, 2) if there else None,
+        "mib": round(file.stat().st_size / MIB, 2) if file.is_file() else None,
     }
 
 
