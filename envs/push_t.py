@@ -9,7 +9,7 @@ frame* has its origin in the middle of the top edge of the T's bar, the stem alo
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from envs.task import EnvironmentObservation, PoseParameter, Task, Transition
+from envs.task import ActionDimension, EnvironmentObservation, PoseParameter, Task, Transition
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from envs.mirrored import MirroredScene
     from features.concepts import Concepts
     from policies.interface import DataSchema
+    from policies.mirror import AntiDiagonal, Mirror, XFlip
 
 BOARD_PX = 512
 AGENT_RADIUS_PX = 15.0
@@ -56,6 +58,12 @@ PROPORTIONAL_GAIN = 100.0
 """Of the agent's controller, in 1/s^2."""
 DERIVATIVE_GAIN = 20.0
 """Of the agent's controller, in 1/s: critically damped."""
+N_ARMS = 2
+"""The benchmark and its mirror image."""
+MIRRORED_KEYPOINTS = (1, 0, 3, 2, 5, 4, 7, 6)
+"""Which of gym-pusht's keypoints stands where in a mirror: the T is symmetric about its stem."""
+ANGLE_COLUMNS = (4,)
+"""Of the state, in rad."""
 
 
 @cache
@@ -67,6 +75,25 @@ def _gym_pusht() -> ModuleType:
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
         from gym_pusht.envs import pusht
     return pusht
+
+
+def x_flip() -> "XFlip":
+    """Left and right exchanged: another goal, hence another task."""
+    from policies.mirror import XFlip
+
+    return XFlip(float(BOARD_PX), MIRRORED_KEYPOINTS, ANGLE_COLUMNS)
+
+
+def anti_diagonal() -> "AntiDiagonal":
+    """The reflection that leaves the goal where it is: the same task again."""
+    from policies.mirror import AntiDiagonal
+
+    return AntiDiagonal(float(BOARD_PX), MIRRORED_KEYPOINTS, ANGLE_COLUMNS)
+
+
+def _check_arm(arm_idx: int) -> None:
+    if not 0 <= arm_idx < N_ARMS:
+        raise ValueError(f"arm_idx {arm_idx}: PushT has the arms 0 and {N_ARMS - 1}")
 
 
 def agent_path(
@@ -121,9 +148,11 @@ class PushT:
 
     Args:
         image_size: Height and width of the observed picture, in px.
+        action_scale: Share of the way from the agent to an action's target that its controller is
+            given, 0..1: below 1 the agent moves more slowly.
 
     Raises:
-        ValueError: When ``image_size`` is not positive.
+        ValueError: When ``image_size`` is not positive, or ``action_scale`` not in (0, 1].
     """
 
     objects = ("agent", "block", "goal")
@@ -138,10 +167,13 @@ class PushT:
         PoseParameter("block_angle", "block", 4, "deg", 5.0, per_unit=np.pi / 180),
     )
 
-    def __init__(self, image_size: int = 96) -> None:
+    def __init__(self, image_size: int = 96, action_scale: float = 1.0) -> None:
         if image_size < 1:
             raise ValueError(f"image_size: {image_size} px; give at least 1")
+        if not 0 < action_scale <= 1:
+            raise ValueError(f"action_scale: {action_scale}; give a share above 0 and at most 1")
         self.image_size = image_size
+        self.action_scale = action_scale
         self._env = _gym_pusht().PushTEnv(obs_type="state")
         self._env.reset(seed=0)
         self._spare: PushT | None = None
@@ -226,6 +258,10 @@ class PushT:
             raise ValueError(
                 f"action: ({x}, {y}) px is off the board of 0..{BOARD_PX}; clip it with the task"
             )
+        if self.action_scale != 1:
+            agent_x, agent_y = self._env.agent.position
+            x = agent_x + self.action_scale * (x - agent_x)
+            y = agent_y + self.action_scale * (y - agent_y)
         # Vec2d instead of an array: the same arithmetic without numpy's overhead per scalar.
         _, reward, terminated, _, info = self._env.step(_gym_pusht().Vec2d(x, y))
         return Transition(float(info["coverage"]), float(reward), bool(terminated))
@@ -325,11 +361,17 @@ class PushTTask(Task):
         max_steps: Control steps after which an episode ends unsolved.
         success_thresholds: Coverages at which success is reported, ascending; gym-pusht ends an
             episode above 0.95.
+        arm_idx: 0 for the benchmark itself; 1 for its exact mirror image, left and right exchanged,
+            whose goal lies elsewhere: a new task.
+        action_scale: Share of the way from the agent to an action's target that its controller is
+            given, above 0 and at most 1.
     """
 
     image_size: int = 96
     max_steps: int = 300
     success_thresholds: tuple[float, ...] = (0.85, 0.90, 0.95)
+    arm_idx: int = 0
+    action_scale: float = 1.0
 
     def __post_init__(self) -> None:
         # Configuration files give lists.
@@ -347,11 +389,43 @@ class PushTTask(Task):
             raise ValueError(
                 f"success_thresholds: {self.success_thresholds}; give ascending coverages in 0..1"
             )
+        _check_arm(self.arm_idx)
+        if not 0 < self.action_scale <= 1:
+            raise ValueError(
+                f"action_scale: {self.action_scale}; give a share above 0 and at most 1"
+            )
 
     @property
     def name(self) -> str:
         """Short name for tables and files."""
-        return "push_t"
+        return "push_t" if self.arm_idx == 0 else f"push_t_arm{self.arm_idx}"
+
+    @property
+    def n_arms(self) -> int:
+        """The original and its mirror image."""
+        return N_ARMS
+
+    def of_arm(self, arm_idx: int) -> "PushTTask":
+        """The same task with another arm.
+
+        Raises:
+            ValueError: When there is no such arm.
+        """
+        return replace(self, arm_idx=arm_idx)
+
+    def arm_mirror(self, arm_idx: int) -> "Mirror | None":
+        """What turns an arm's world into that of arm 0, and back; None for arm 0 itself.
+
+        Raises:
+            ValueError: When there is no such arm.
+        """
+        _check_arm(arm_idx)
+        return x_flip() if arm_idx else None
+
+    @property
+    def action_dimensions(self) -> tuple[ActionDimension, ...]:
+        """The target's place on the board."""
+        return tuple(ActionDimension(axis, "px", 0.0, float(BOARD_PX)) for axis in "xy")
 
     @property
     def fps(self) -> float:
@@ -403,9 +477,15 @@ class PushTTask(Task):
             )
         return cls(image_size=height)
 
-    def make(self) -> PushT:
+    def make(self) -> "PushT | MirroredScene":
         """Build one board."""
-        return PushT(self.image_size)
+        board = PushT(self.image_size, self.action_scale)
+        mirror = self.arm_mirror(self.arm_idx)
+        if mirror is None:
+            return board
+        from envs.mirrored import MirroredScene
+
+        return MirroredScene(board, mirror)
 
     def concepts(
         self, simulator_states: "Tensor", episode_index: "Tensor", frame_index: "Tensor"

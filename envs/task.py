@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 
 if TYPE_CHECKING:
     from policies.interface import DataSchema
+    from policies.mirror import Mirror
 
 
 class EnvironmentObservation(TypedDict):
@@ -198,3 +199,88 @@ class Task(ABC):
     @abstractmethod
     def make(self) -> Environment:
         """Build one environment."""
+
+
+@dataclass(frozen=True)
+class ActionDimension:
+    """One number of an action: what axes of pictures are called, and how far they reach."""
+
+    name: str
+    """E.g. ``left_waist``."""
+    unit: str
+    """E.g. ``px`` or ``rad``; empty for a number without one."""
+    low: float
+    """Smallest value that the environment accepts."""
+    high: float
+    """Largest value that the environment accepts."""
+
+
+@runtime_checkable
+class DescribedActions(Protocol):
+    """A task that says what its actions are: an optional capability.
+
+    With it, landscapes of actions with more than two dimensions have named axes.
+    """
+
+    @property
+    def action_dimensions(self) -> tuple[ActionDimension, ...]:
+        """One for each number of an action, in order."""
+        ...
+
+
+@runtime_checkable
+class ActionProjection(Environment, Protocol):
+    """An environment that knows where in a picture an action leads: an optional capability.
+
+    With it, landscapes of any number of dimensions are drawn over what the camera sees.
+    """
+
+    @property
+    def end_effectors(self) -> tuple[str, ...]:
+        """Names of what an action moves, e.g. ``left``, ``right``."""
+        ...
+
+    def project_actions(
+        self, camera: str, actions: Float[np.ndarray, "*batch action"], size_px: tuple[int, int]
+    ) -> Float[np.ndarray, "*batch end_effector 2"]:
+        """Find where end effectors would be in a picture, had they reached their targets.
+
+        Args:
+            camera: Its name.
+            actions: In data units.
+            size_px: Height and width of the picture.
+
+        Returns:
+            x (rightwards) and y (downwards) in px of the picture, from its upper left corner; also
+            beyond its borders, and NaN for what lies behind the camera.
+
+        Raises:
+            ValueError: If there is no such camera.
+        """
+        ...
+
+
+@runtime_checkable
+class ArmTask(Protocol):
+    """A task with several arms that are mirror images of the first: what transfer is tested on."""
+
+    @property
+    def n_arms(self) -> int:
+        """How many there are; they are numbered from 0."""
+        ...
+
+    def of_arm(self, arm_idx: int) -> Task:
+        """The same task with another arm.
+
+        Raises:
+            ValueError: If there is no such arm.
+        """
+        ...
+
+    def arm_mirror(self, arm_idx: int) -> "Mirror | None":
+        """What turns an arm's world into that of arm 0, and back; None for arm 0 itself.
+
+        Raises:
+            ValueError: If there is no such arm.
+        """
+        ...
