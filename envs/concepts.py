@@ -72,6 +72,7 @@ def known_concepts(
         return None
     env = task.make()
     try:
+        env.reset(0)
         if simulator_states.shape[1] != len(env.state()):
             return None
     finally:
@@ -84,6 +85,7 @@ def push_t_concepts(
     episode_index: Int[Tensor, " frame"],
     frame_index: Int[Tensor, " frame"],
     fps: float,
+    goal_pose: tuple[float, float, float] = GOAL_POSE,
 ) -> Concepts:
     """Describe frames of PushT by agent x, y, block x, y in px and the block's angle in rad.
 
@@ -107,6 +109,7 @@ def push_t_concepts(
         episode_index: Number of each frame's episode.
         frame_index: Its step there.
         fps: Steps in a second.
+        goal_pose: x px, y px, angle rad of the goal: another one in a mirror.
 
     Raises:
         ValueError: If the states are not PushT's, or frames are not in order.
@@ -161,7 +164,7 @@ def push_t_concepts(
             "block_angle_sin": (poses[:, 2].sin(), "1"),
             "block_angle_cos": (poses[:, 2].cos(), "1"),
             "distance_px": (gap_px, "px"),
-            "coverage": (push_t_coverage(poses), "1"),
+            "coverage": (push_t_coverage(poses, goal_pose), "1"),
             "block_speed_px_s": (block_speed, "px/s"),
             "agent_speed_px_s": (agent_speed, "px/s"),
             "time": (time_in_episode(episode_index, frame_index).cpu(), "1"),
@@ -188,18 +191,21 @@ def _board_cells(
             yield (row, column), (thirds[:, 1] == row) & (thirds[:, 0] == column)
 
 
-def push_t_coverage(poses: Float[Tensor, "frame 3"]) -> Float[Tensor, " frame"]:
+def push_t_coverage(
+    poses: Float[Tensor, "frame 3"], goal_pose: tuple[float, float, float] = GOAL_POSE
+) -> Float[Tensor, " frame"]:
     """Share of the goal that the T covers, exactly as gym-pusht computes it.
 
     A pose that comes often is computed once: a resting block costs nothing. About 10 us each.
 
     Args:
         poses: x px, y px, angle rad of the block.
+        goal_pose: The same of the goal.
     """
     import shapely
 
     distinct, places = torch.unique(poses.double().cpu(), dim=0, return_inverse=True)
-    goal = _polygons(torch.tensor([GOAL_POSE], dtype=torch.float64))[0]
+    goal = _polygons(torch.tensor([goal_pose], dtype=torch.float64))[0]
     overlap = shapely.area(shapely.intersection(_polygons(distinct), goal))
     return torch.from_numpy(np.asarray(overlap / shapely.area(goal)))[places]
 

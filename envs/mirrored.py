@@ -11,12 +11,21 @@ from envs.task import EnvironmentObservation, PoseParameter, Scene, Transition
 from policies.mirror import Mirror
 
 
+def mirrored_picture(
+    mirror: Mirror, picture: UInt8[np.ndarray, "height width 3"]
+) -> UInt8[np.ndarray, "row column 3"]:
+    """Reflect a picture as simulators draw them, to the pixel."""
+    channels_first = rearrange(torch.from_numpy(picture), "row column rgb -> rgb row column")
+    mirrored = rearrange(mirror.pictures(channels_first), "rgb row column -> row column rgb")
+    return mirrored.contiguous().numpy()
+
+
 class MirroredScene:
     """What is seen of a scene in a mirror, and what is done to it from there.
 
     The simulator is the original one: states, pictures and keypoints come out mirrored, and actions
     go in mirrored. A simulator of its own for the mirrored world would not be exact: gym-pusht's
-    walls are not symmetric, and its contact solver depends on the order of contacts.
+    walls are not symmetric (``benchmarks/mirror_replay.py`` measures what comes of it).
 
     Args:
         scene: The original.
@@ -53,7 +62,9 @@ class MirroredScene:
         """Look at the scene in the mirror."""
         seen = self.scene.observe()
         return {
-            "images": {name: self._picture(each) for name, each in seen["images"].items()},
+            "images": {
+                name: mirrored_picture(self.mirror, each) for name, each in seen["images"].items()
+            },
             "state": self._vector(seen["state"]),
             "environment_state": self.mirror.environment_state(
                 torch.from_numpy(seen["environment_state"])
@@ -63,14 +74,15 @@ class MirroredScene:
 
     def step(self, action: Float[np.ndarray, " action"]) -> Transition:
         """Advance one control step by the mirrored action."""
-        return self.scene.step(self._vector(action))
+        # In float32 a mirrored coordinate would lose its last bits.
+        return self.scene.step(self._vector(np.asarray(action, np.float64)))
 
     def frame(
         self, size_px: int, target: Float[np.ndarray, " action"] | None = None
     ) -> UInt8[np.ndarray, "height width 3"]:
         """Draw the mirrored scene for a viewer, with the action in execution."""
         original = None if target is None else self._vector(target)
-        return self._picture(self.scene.frame(size_px, original))
+        return mirrored_picture(self.mirror, self.scene.frame(size_px, original))
 
     def pictures_without(self, name: str) -> Mapping[str, UInt8[np.ndarray, "_ _ 3"]]:
         """Draw the mirrored state without one object.
@@ -82,7 +94,9 @@ class MirroredScene:
             ValueError: If there is no such object.
         """
         pictures = self.scene.pictures_without(name)
-        return {camera: self._picture(picture) for camera, picture in pictures.items()}
+        return {
+            camera: mirrored_picture(self.mirror, picture) for camera, picture in pictures.items()
+        }
 
     def masks(
         self, camera: str, size_px: tuple[int, int], dilation_px: float
@@ -112,10 +126,3 @@ class MirroredScene:
 
     def _state(self, state: Float[np.ndarray, " simulator"]) -> Float[np.ndarray, " simulator"]:
         return self.mirror.simulator_state(torch.from_numpy(state)).numpy()
-
-    def _picture(
-        self, picture: UInt8[np.ndarray, "height width 3"]
-    ) -> UInt8[np.ndarray, "height width 3"]:
-        channels_first = rearrange(torch.from_numpy(picture), "row column rgb -> rgb row column")
-        mirrored = self.mirror.pictures(channels_first)
-        return rearrange(mirrored, "rgb row column -> row column rgb").contiguous().numpy()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from envs.mirrored import MirroredScene
+    from envs.symmetry import MirroredWorld, Script
     from features.concepts import Concepts
     from policies.interface import DataSchema
     from policies.mirror import AntiDiagonal, Mirror, XFlip
@@ -64,6 +65,10 @@ MIRRORED_KEYPOINTS = (1, 0, 3, 2, 5, 4, 7, 6)
 """Which of gym-pusht's keypoints stands where in a mirror: the T is symmetric about its stem."""
 ANGLE_COLUMNS = (4,)
 """Of the state, in rad."""
+WALL_MARGIN_PX = 0.5
+"""Gap up to which the T counts as touching a wall."""
+WANDER_STEP_PX = 18.0
+"""Of the target in a control step, while wandering: as fast as the scripted expert walks."""
 
 
 @cache
@@ -126,6 +131,27 @@ def agent_path(
     return positions, np.array([u, v])
 
 
+def wander(start: Float[np.ndarray, " 2"], n_steps: int, seed: int) -> Float[np.ndarray, "step 2"]:
+    """Targets along straight lines between random places of the board.
+
+    Args:
+        start: Where to begin, in px.
+        n_steps: How many targets.
+        seed: Of the places.
+    """
+    generator = np.random.default_rng(seed)
+    at, corner = np.asarray(start, np.float64), np.asarray(start, np.float64)
+    targets = np.empty((n_steps, 2))
+    for step in range(n_steps):
+        way = corner - at
+        if np.hypot(*way) <= WANDER_STEP_PX:
+            corner = generator.uniform(0, BOARD_PX, 2)
+            way = corner - at
+        at = at + way * min(WANDER_STEP_PX / np.hypot(*way), 1.0)
+        targets[step] = at.astype(np.float32)
+    return targets
+
+
 def distance_to_t_px(
     points_px: Float[np.ndarray, "*point 2"], pose: Float[np.ndarray, " 3"]
 ) -> Float[np.ndarray, "*point"]:
@@ -150,12 +176,14 @@ class PushT:
         image_size: Height and width of the observed picture, in px.
         action_scale: Share of the way from the agent to an action's target that its controller is
             given, 0..1: below 1 the agent moves more slowly.
+        goal_pose: x px, y px, angle rad of the goal; the benchmark's own unless given.
 
     Raises:
         ValueError: When ``image_size`` is not positive, or ``action_scale`` not in (0, 1].
     """
 
     objects = ("agent", "block", "goal")
+    end_effectors = ("agent",)
     # A picture of 96 px is a sample of the board without antialiasing: a T with upright edges that
     # moves by 8 px is seen to move by 5.3 or by 10.7, so sensitivities scatter between frames.
     pose_parameters = (
@@ -167,20 +195,27 @@ class PushT:
         PoseParameter("block_angle", "block", 4, "deg", 5.0, per_unit=np.pi / 180),
     )
 
-    def __init__(self, image_size: int = 96, action_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        image_size: int = 96,
+        action_scale: float = 1.0,
+        goal_pose: tuple[float, float, float] = GOAL_POSE,
+    ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size: {image_size} px; give at least 1")
         if not 0 < action_scale <= 1:
             raise ValueError(f"action_scale: {action_scale}; give a share above 0 and at most 1")
         self.image_size = image_size
         self.action_scale = action_scale
+        self.goal_pose = goal_pose
         self._env = _gym_pusht().PushTEnv(obs_type="state")
-        self._env.reset(seed=0)
+        self.reset(seed=0)
         self._spare: PushT | None = None
 
     def reset(self, seed: int) -> None:
         """Draw the start that gym-pusht draws for ``seed``."""
         self._env.reset(seed=seed)
+        self._env.goal_pose = np.array(self.goal_pose)
 
     def reset_to(self, state: Float[np.ndarray, " 5"]) -> None:
         """Put agent and block exactly where ``state`` says, both at rest.
@@ -200,6 +235,7 @@ class PushT:
         agent_x, agent_y, block_x, block_y, angle = values.tolist()
         env = self._env
         env._setup()
+        env.goal_pose = np.array(self.goal_pose)
         env._last_action = None
         env.agent.position = agent_x, agent_y
         env.block.angle = angle
@@ -304,7 +340,7 @@ class PushT:
             state[2:4] = FAR_OFF_PX
         # On a board of its own: a state holds no velocities, so this one could not be restored.
         if self._spare is None:
-            self._spare = PushT(self.image_size)
+            self._spare = PushT(self.image_size, goal_pose=self.goal_pose)
         self._spare.reset_to(state)
         if name == "goal":
             self._spare._env.goal_pose = np.array([FAR_OFF_PX, FAR_OFF_PX, 0.0])
@@ -341,9 +377,27 @@ class PushT:
         distance_px = {
             "agent": np.hypot(from_agent[..., 0], from_agent[..., 1]) - AGENT_RADIUS_PX,
             "block": distance_to_t_px(points, state[2:]),
-            "goal": distance_to_t_px(points, np.array(GOAL_POSE)),
+            "goal": distance_to_t_px(points, np.array(self.goal_pose)),
         }
         return {name: distance <= dilation_px for name, distance in distance_px.items()}
+
+    def project_actions(
+        self, camera: str, actions: Float[np.ndarray, "*batch 2"], size_px: tuple[int, int]
+    ) -> Float[np.ndarray, "*batch 1 2"]:
+        """Find targets in a picture of the board: where :meth:`frame` draws its cross.
+
+        Args:
+            camera: ``image``.
+            actions: Targets, in px of the board.
+            size_px: Height and width of the picture.
+
+        Raises:
+            ValueError: If there is no such camera.
+        """
+        if camera != "image":
+            raise ValueError(f"camera {camera!r}: PushT's camera is 'image'")
+        height, width = size_px
+        return (actions * (np.array([width, height]) / BOARD_PX))[..., None, :]
 
     def close(self) -> None:
         """Free the simulator."""
@@ -423,6 +477,12 @@ class PushTTask(Task):
         return x_flip() if arm_idx else None
 
     @property
+    def goal_pose(self) -> tuple[float, float, float]:
+        """Where the arm sees the goal: x px, y px, angle rad."""
+        x, y, angle = GOAL_POSE
+        return (x, y, angle) if self.arm_idx == 0 else (BOARD_PX - x, y, -angle)
+
+    @property
     def action_dimensions(self) -> tuple[ActionDimension, ...]:
         """The target's place on the board."""
         return tuple(ActionDimension(axis, "px", 0.0, float(BOARD_PX)) for axis in "xy")
@@ -466,8 +526,14 @@ class PushTTask(Task):
         """PushT with one square camera ``image`` of the policy's size.
 
         Raises:
-            ValueError: When the policy wants other cameras, or one that is not square.
+            ValueError: When the policy wants other cameras, or one that is not square, or its
+                actions are no targets on a board.
         """
+        if schema.action_dim != 2:
+            raise ValueError(
+                f"the policy's actions have {schema.action_dim} dimensions, PushT's 2. Give a "
+                "policy that was trained on PushT"
+            )
         sizes = dict(schema.cameras)
         height, width = sizes.pop("image", (96, 96))
         if sizes or height != width:
@@ -487,6 +553,59 @@ class PushTTask(Task):
 
         return MirroredScene(board, mirror)
 
+    def script(self, seed: int, n_steps: int) -> "Script":
+        """Let the scripted expert play on arm 0, then wander: it pushes the T into the walls.
+
+        Args:
+            seed: Of the start, the expert's choices and the wandering.
+            n_steps: Length of the script, in control steps.
+        """
+        from envs.expert import PushTExpert
+        from envs.symmetry import Script
+
+        board, expert = PushT(self.image_size, self.action_scale), PushTExpert()
+        try:
+            board.reset(seed)
+            expert.reset(seed)
+            start, actions, is_solved = board.state(), [], False
+            while len(actions) < n_steps and not is_solved:
+                action = expert.act(board.state(), board.agent_velocity())
+                # As data sets store them: exactly the mirror image of its mirror image.
+                actions.append(action.astype(np.float32).astype(np.float64))
+                is_solved = board.step(actions[-1]).terminated
+            before = actions[-1] if actions else start[:2]
+            wandering = wander(before, n_steps - len(actions), seed)
+            return Script(f"seed {seed}", start, np.array([*actions, *wandering]))
+        finally:
+            board.close()
+
+    def mirrored_worlds(self) -> "tuple[MirroredWorld, ...]":
+        """A simulator with the mirrored goal, and the benchmark seen in its own diagonal.
+
+        The walls are not symmetric: once one of them stops the T, both worlds may go other ways.
+        """
+        from envs.expert import wall_gap
+        from envs.symmetry import MirroredWorld
+
+        mirrored_goal = self.of_arm(1).goal_pose
+
+        def native() -> PushT:
+            return PushT(self.image_size, self.action_scale, mirrored_goal)
+
+        def benchmark() -> PushT:
+            return PushT(self.image_size, self.action_scale)
+
+        def touches_wall(states: np.ndarray) -> Bool[np.ndarray, " instant"]:
+            # The walls of the mirrored world are up to 1 px further in.
+            return wall_gap(states[:, 2:]) <= 1.0 + WALL_MARGIN_PX
+
+        flip, diagonal = x_flip(), anti_diagonal()
+        return (
+            MirroredWorld("native", "mirrored goal", flip, native, "undisturbed", touches_wall),
+            # It may part without a wall, too: once in 180 human demonstrations.
+            MirroredWorld("anti_diagonal", "same goal", diagonal, benchmark, "often", touches_wall),
+        )
+
     def concepts(
         self, simulator_states: "Tensor", episode_index: "Tensor", frame_index: "Tensor"
     ) -> "Concepts":
@@ -502,4 +621,6 @@ class PushTTask(Task):
         """
         from envs.concepts import push_t_concepts
 
-        return push_t_concepts(simulator_states, episode_index, frame_index, self.fps)
+        return push_t_concepts(
+            simulator_states, episode_index, frame_index, self.fps, self.goal_pose
+        )

@@ -8,7 +8,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from lightning_modules.augmentation import ImageAugmentation
+from lightning_modules.augmentation import (
+    ImageAugmentation,
+    MirrorKind,
+    mirror_for_training,
+    require_points,
+)
 from lightning_modules.data_schema import refuse_other_data, store_schema
 from lightning_modules.metrics import ChunkL1, baseline_l1, chunk_l1_scalars
 from lightning_modules.optimisation import (
@@ -39,6 +44,13 @@ class ActModule(LightningModule):
         shift_px: Augmentation: largest random shift of the pictures along each axis.
         brightness: Augmentation: largest relative change of brightness.
         contrast: Augmentation: largest relative change of contrast.
+        mirror: Augmentation: mirror half of the samples, pictures, states and actions together.
+            x_flip also trains for the mirrored arm; anti_diagonal keeps PushT's goal.
+        mirror_extent: Width of the board that states and actions are points of, in their unit.
+            Data that reach from 0 to between half of it and all of it are not told from points
+            of such a board: a width that is wrong by less than that mirrors at the wrong line.
+        mirror_point_order: Places of the environment state's points after the reflection; empty
+            where they keep theirs. Only for policies that read one.
         augmentation_seed: Seed of the augmentation, a function of it, epoch and batch alone.
         compile: Compile the loss with torch.compile.
         action_unit: Unit of the data's actions, as it appears in metric names.
@@ -58,6 +70,9 @@ class ActModule(LightningModule):
         shift_px: int = 0,
         brightness: float = 0.0,
         contrast: float = 0.0,
+        mirror: MirrorKind | None = None,
+        mirror_extent: float = 512.0,
+        mirror_point_order: tuple[int, ...] | None = None,
         augmentation_seed: int = 0,
         compile: bool = False,
         action_unit: str = "px",
@@ -71,6 +86,13 @@ class ActModule(LightningModule):
         self.kl_weight = kl_weight
         self.unit = action_unit
         self.augmentation = ImageAugmentation(shift_px, brightness, contrast)
+        self.mirror = (
+            None
+            if mirror is None
+            else mirror_for_training(
+                mirror, mirror_extent, self.policy.data_schema, mirror_point_order
+            )
+        )
         self._compute_loss = self.policy.loss
         chunk_size = self.policy.chunk_size
         self.train_reconstruction = ChunkL1(chunk_size)
@@ -96,23 +118,28 @@ class ActModule(LightningModule):
                     f"{name} is {given}, but ACT sees one instant and predicts from it on: "
                     f"set --data.init_args.{name} {needed}"
                 )
+        if self.mirror is not None and stage == "fit":
+            require_points(self.hparams["mirror_extent"], datamodule.statistics)
         if not self.policy.normaliser.is_fitted:
             self.policy.fit_normaliser(datamodule.statistics)
         if self.hparams["compile"] and stage == "fit":
             self._compute_loss = torch.compile(self.policy.loss)
 
     def _augmented(self, batch: Batch, batch_idx: int) -> Batch:
-        """Change the pictures, as a function of seed, epoch and batch alone."""
-        if not self.augmentation.is_active:
+        """Change the samples, as a function of seed, epoch and batch alone."""
+        if self.mirror is None and not self.augmentation.is_active:
             return batch
         place = (self.current_epoch, batch_idx, self.global_rank)
         seed = hash((self.hparams["augmentation_seed"], *place))
         generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+        if self.mirror is not None:
+            batch = self.mirror(batch, generator)
         return self.augmentation(batch, generator)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch; L1 in data units is accumulated for the epoch."""
-        loss: ACTLoss = self._compute_loss(self._augmented(batch, batch_idx), self.kl_weight)
+        batch = self._augmented(batch, batch_idx)
+        loss: ACTLoss = self._compute_loss(batch, self.kl_weight)
         self.train_reconstruction.update(loss.prediction, batch.actions, batch.action_is_pad)
         self.log("train/loss", loss.total, prog_bar=True)
         self.log_dict({"train/l1": loss.l1, "train/kl_nats": loss.kl})

@@ -32,7 +32,8 @@ class Mirror(ABC):
     pictures: x to the right, y downwards, both from 0 to ``extent``.
 
     Raises:
-        ValueError: If ``extent`` is not positive.
+        ValueError: If ``extent`` is not positive and finite, or ``point_order`` not its own
+            inverse.
     """
 
     extent: float = 512.0
@@ -45,8 +46,17 @@ class Mirror(ABC):
     symmetric about their own y axis."""
 
     def __post_init__(self) -> None:
-        if not self.extent > 0:
-            raise ValueError(f"extent is {self.extent}: give the width of the board, above 0")
+        if not 0 < self.extent < math.inf:
+            raise ValueError(
+                f"extent is {self.extent}: give the width of the board, above 0 and finite"
+            )
+        order = self.point_order
+        n_points = len(order)
+        if any(not 0 <= at < n_points or order[at] != place for place, at in enumerate(order)):
+            raise ValueError(
+                f"point_order is {order}: points exchange places in pairs or keep them; give each "
+                f"of 0 to {n_points - 1} once, and where i has j, let j have i"
+            )
 
     @abstractmethod
     def points(self, points: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 2"]:
