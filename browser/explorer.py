@@ -42,7 +42,7 @@ from envs.push_t import (
     distance_to_t_px,
 )
 from envs.replay import recorded_pictures
-from envs.task import EnvironmentObservation, Task
+from envs.task import DescribedActions, EnvironmentObservation, Task
 from landscapes.grid import Grid
 from landscapes.landscape import Predictions
 from landscapes.methods import METHODS, Belief, ExpertMode, Likelihood, Method, Probe
@@ -506,7 +506,8 @@ class Explorer:
             seed: Of the drawn chunks.
 
         Raises:
-            ValueError: If names repeat, a policy draws no chunks, or data do not fit a policy.
+            ValueError: If names repeat, a policy draws no chunks, actions are no places on the
+                page's board, or data do not fit a policy.
         """
         if len(set(names)) < len(names) or len(names) != len(policies):
             raise ValueError(f"names {list(names)}: give each of {len(policies)} policies its own")
@@ -517,10 +518,16 @@ class Explorer:
             view = policy.view
             if not isinstance(view, SamplingPolicyView):
                 raise ValueError(f"{name}: it draws no action chunks, so it has no landscape")
+            if (n_dims := view.data_schema.action_dim) != 2:
+                raise ValueError(
+                    f"{name}: its actions have {n_dims} dimensions, and the page draws boards of "
+                    "two; use analyze.py landscape"
+                )
             if why := _refusal(Likelihood().check, view):
                 raise ValueError(f"{name}: {why}")
             data = open_demonstrations(dataset_repo_id, view, progress=False)
             made, env, why_fixed = _stage(task, view, data)
+            _check_board(made, policy.action_unit)
             subjects.append(
                 Subject(name, policy, view, data, made, env, why_fixed, device, n_samples, seed)
             )
@@ -885,6 +892,27 @@ def _stage(
         env.close()
         return made, None, why
     return made, env, ""
+
+
+def _check_board(task: Task | None, action_unit: str) -> None:
+    """Refuse actions that are no places on the board that the page draws.
+
+    Raises:
+        ValueError: If the task, or the policy's unit, says so.
+    """
+    board = Grid()
+    reach = board.low, board.high
+    if isinstance(task, DescribedActions):
+        lows, highs = zip(*((each.low, each.high) for each in task.action_dimensions), strict=True)
+        reach, unit = (lows, highs), task.action_dimensions[0].unit
+    else:
+        unit = action_unit
+    if unit != "px" or reach != (board.low, board.high):
+        name = "the policy's task" if task is None else f"task {task.name}"
+        raise ValueError(
+            f"the page draws PushT's board, {board.low} to {board.high} px, and actions of {name} "
+            f"are in {unit or 'no unit'}; use analyze.py landscape"
+        )
 
 
 def _state_of(batch: Batch) -> Float[np.ndarray, " simulator"] | None:

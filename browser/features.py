@@ -36,7 +36,7 @@ from features.splice import Intervention, random_directions, splice
 from features.taps import edit_activations, read_activations
 from landscapes.grid import Grid
 from policies.act import ACTPolicy
-from policies.interface import Batch, Observation
+from policies.interface import Batch, Observation, in_unit
 from rendering.colour import colour_table
 from rendering.features import COLORMAP
 from rendering.picture import encode_png
@@ -55,6 +55,8 @@ N_EFFECT_FRAMES = 16
 MOST_DIRECTIONS = 256
 MOST_SCALE = 1e3
 """Beyond any use, but not beyond numbers."""
+IN_ACTION_UNIT = ("ablated_px", "ablated_arrow_px", "doubled_px", "doubled_arrow_px")
+"""Columns that the table names after the unit of the actions."""
 COLUMNS = (
     "frame_density_held_out",
     "ablated_px",
@@ -105,7 +107,13 @@ def read_descriptions(folder: Path) -> Descriptions:
         raise ValueError(
             f"{folder}: cannot be read ({error}); describe the features again"
         ) from error
-    return Descriptions({int(row["latent"]): row for row in rows}, summary)
+    # The page has one name for each, whatever the unit of the actions.
+    names = {in_unit(name, summary.get("action_unit", "px")): name for name in IN_ACTION_UNIT}
+    described = {
+        int(row["latent"]): {names.get(str(name), str(name)): each for name, each in row.items()}
+        for row in rows
+    }
+    return Descriptions(described, summary)
 
 
 @dataclass(frozen=True)

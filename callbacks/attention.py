@@ -27,7 +27,7 @@ from envs.scene import scene_variants
 from envs.task import Task
 from policies.act import ACTPolicy
 from policies.atomic_files import write_atomically
-from policies.interface import Batch, Findings, PolicyView
+from policies.interface import Batch, Findings, PolicyView, in_unit
 from rendering.attention import (
     AttentionStyle,
     attention_frames,
@@ -197,6 +197,8 @@ class Attention(Diagnostic):
             maps |= slow
             # What is measured on all frames at every checkpoint stays as it is.
             scalars = self._numbers(view, maps, batch, scene, to_test=True) | scalars
+        unit = getattr(module, "unit", "px")
+        scalars = {in_unit(name, unit): value for name, value in scalars.items()}
         write_atomically(folder / "metrics.json", json.dumps(scalars, indent=1) + "\n")
         table = write_maps(folder / "maps.parquet", tables)
         strip = write_png(folder / "strip.png", self._strip(view, batch, maps, scene))
@@ -249,7 +251,12 @@ class Attention(Diagnostic):
         task = self._task(view)
         if task is None or not can_replay(task, batch):
             return None
-        variants = scene_variants(task, batch)
+        try:
+            variants = scene_variants(task, batch)
+        except ValueError as error:
+            raise ValueError(
+                f"attention: {error}; or set task to null, which goes without counterfactuals"
+            ) from error
         effects = measure_counterfactuals(
             view,
             variants,
@@ -294,8 +301,8 @@ class Attention(Diagnostic):
 
     def _task(self, view: PolicyView) -> Task | None:
         """The simulator with pictures of the policy's size."""
-        if self.task is None:
-            return None
+        if self.task is None or not view.data_schema.differences(self.task.data_schema()):
+            return self.task
         try:
             return type(self.task).for_policy(view.data_schema)
         except ValueError as error:

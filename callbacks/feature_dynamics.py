@@ -34,7 +34,7 @@ from features.effects import behaviour_recovered
 from features.record import record_features
 from features.taps import find_tap
 from policies.atomic_files import write_atomically
-from policies.interface import Findings, Table
+from policies.interface import Findings, Table, in_unit
 from rendering.picture import write_png
 
 PREFIX = "features"
@@ -211,7 +211,8 @@ class FeatureDynamics(Diagnostic):
         few = spread_frames(data, measured, self.n_behaviour_frames).to(device)
         behaviour = behaviour_recovered(view, self.layer, sae, vectors.mean(0), few).summary()
         for name in ("action_score", "sae_px", "mean_px", "l1_recovered"):
-            scalars[f"{PREFIX}/{name}"] = behaviour[name].value
+            unit = getattr(module, "unit", "px")
+            scalars[f"{PREFIX}/{in_unit(name, unit)}"] = behaviour[name].value
         now = self._now(sae, quality.density > 0, trainer.global_step)
         if self._seen is not None:
             changes = _changes(self._seen, now)

@@ -27,7 +27,7 @@ from features.taps import TokenPosition
 from lightning_modules.sae import SAEModule
 from policies.atomic_files import write_atomically
 from policies.ensembling import ActionQueue
-from policies.interface import Findings, PolicyView
+from policies.interface import Findings, PolicyView, in_unit
 from rendering.charts import density_chart
 from rendering.picture import write_png
 
@@ -140,7 +140,8 @@ class Features(Diagnostic):
         mean = activations.mean((0, 1))
         behaviour = behaviour_recovered(view, data.layer, reconstruct, mean, few)
         scalars: dict[str, float] = {}
-        for name, estimate in behaviour.summary().items():
+        for number, estimate in behaviour.summary().items():
+            name = in_unit(number, data.loaded_policy.action_unit)
             scalars[f"{PREFIX}/{name}"] = estimate.value
             if len(episodes) > 1:
                 scalars[f"{PREFIX}/{name}_low"] = estimate.low
@@ -204,7 +205,13 @@ class Features(Diagnostic):
         assert self.task is not None
         if not view.data_schema.differences(self.task.data_schema()):
             return self.task
-        return type(self.task).for_policy(view.data_schema)
+        try:
+            return type(self.task).for_policy(view.data_schema)
+        except ValueError as error:
+            raise ValueError(
+                f"features: task {self.task.name} is another than the policy's ({error}); set "
+                "task to the policy's own, and n_rollouts to 0 where there is none"
+            ) from error
 
 
 def _parts(trainer: Trainer, module: LightningModule) -> tuple[SAEModule, ActivationDataModule]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import override
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -9,7 +10,7 @@ from callbacks.schedule import Diagnostic
 from callbacks.views import policy_view
 from envs.task import Task
 from policies.atomic_files import write_atomically
-from policies.ensembling import ActionQueue, TemporalEnsembler
+from policies.ensembling import ActionQueue, TemporalEnsembler, controller_of
 from policies.interface import Findings, PolicyView
 
 
@@ -28,6 +29,8 @@ class Rollouts(Diagnostic):
         every_n_validations: Run at every n-th validation.
         at_start: Also measure the untrained policy, under ``untrained/``.
         strict: Let an error of this diagnostic stop the run.
+        name: Prefix of its numbers and folder of its files, for another way of acting in the same
+            run, e.g. ``rollout_ensembled``; ``rollout`` when null.
     """
 
     def __init__(
@@ -41,8 +44,13 @@ class Rollouts(Diagnostic):
         every_n_validations: int = 1,
         at_start: bool = False,
         strict: bool = False,
+        name: str | None = None,
     ):
-        super().__init__(every_n_validations=every_n_validations, at_start=at_start, strict=strict)
+        super().__init__(
+            every_n_validations=every_n_validations, at_start=at_start, strict=strict, name=name
+        )
+        self.prefix = name or "rollout"
+        self.untrained_prefix = f"untrained_{name}" if name else "untrained"
         if temporal_ensemble_coeff is not None and n_action_steps is not None:
             raise ValueError(
                 f"n_action_steps={n_action_steps} has no meaning with temporal ensembling, which "
@@ -54,6 +62,18 @@ class Rollouts(Diagnostic):
         self.n_action_steps = n_action_steps
         self.temporal_ensemble_coeff = temporal_ensemble_coeff
         self.n_videos = n_videos
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a task that does not fit the policy before anything is trained.
+
+        Raises:
+            TypeError: If the module trains no policy.
+            RolloutError: If the task does not show what the policy sees, or takes other actions.
+        """
+        from envs.rollout import check_fit
+
+        check_fit(policy_view(pl_module), self.task)
 
     def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
         """Roll out, write the episodes as JSON and the first of them as a video."""
@@ -70,7 +90,7 @@ class Rollouts(Diagnostic):
             device=module.device,
             record=0 if untrained else self.n_videos,
         )
-        prefix = "untrained" if untrained else "rollout"
+        prefix = self.untrained_prefix if untrained else self.prefix
         scalars = {f"{prefix}/{name}": value for name, value in result.summary().items()}
         write_atomically(folder / "episodes.json", json.dumps(result.to_dict(), indent=1) + "\n")
         if not result.recordings:
@@ -80,10 +100,8 @@ class Rollouts(Diagnostic):
             for recording in result.recordings
         ]
         video = write_clips(folder / "rollouts.mp4", clips, self.task.fps, columns=3)
-        return Findings(scalars=scalars, videos={"rollout/video": str(video)})
+        return Findings(scalars=scalars, videos={f"{self.prefix}/video": str(video)})
 
     def controller(self, view: PolicyView) -> ActionQueue | TemporalEnsembler:
         """What turns this policy's chunks into actions."""
-        if self.temporal_ensemble_coeff is not None:
-            return TemporalEnsembler(self.temporal_ensemble_coeff, view.chunk_size)
-        return ActionQueue(self.n_action_steps or view.n_action_steps)
+        return controller_of(view, self.n_action_steps, self.temporal_ensemble_coeff)

@@ -19,6 +19,7 @@ from callbacks.checkpoints import LastCheckpoint
 from callbacks.dashboard import INDEX, Dashboard, read_index
 from callbacks.loggers import CSV_FILE, WandbLog
 from callbacks.progress import in_words
+from callbacks.rollouts import Rollouts
 from callbacks.run_folder import MEDIA
 from policies.atomic_files import write_atomically
 from policies.interface import PolicyView
@@ -27,15 +28,6 @@ SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report/index.html"
 
 _IMPORTED_S = time.monotonic()
-
-KEYS = (
-    "val/first_action_l1_px",
-    "baseline/hold_position_l1_px",
-    "baseline/mean_action_l1_px",
-    "rollout/mean_max_coverage",
-    "rollout/success",
-    "untrained/mean_max_coverage",
-)
 
 
 class RunSummary(Callback):
@@ -49,11 +41,12 @@ class RunSummary(Callback):
     the next one started from.
 
     Args:
-        keys: Numbers that are always in the file (null when never logged) and in the table.
+        keys: Numbers that are always in the file (null when never logged) and in the table; when
+            None, the first action's error beside its baselines, and how the rollouts went.
     """
 
-    def __init__(self, keys: Sequence[str] = KEYS) -> None:
-        self.keys = list(keys)
+    def __init__(self, keys: Sequence[str] | None = None) -> None:
+        self.keys = None if keys is None else list(keys)
         self._earlier_s = 0.0
 
     @property
@@ -76,12 +69,12 @@ class RunSummary(Callback):
             # Wide enough that no path is broken: a terminal wraps it, a copy of it still works.
             console = Console()
             console = Console(width=max(console.width, 240), highlight=False)
-            console.print(_table(trainer, summary, self.keys))
+            console.print(_table(trainer, summary, self._keys(trainer)))
 
     def write(self, trainer: Trainer, status: str) -> dict[str, Any]:
         """Write ``summary.json`` and return what it holds."""
         run = Path(trainer.default_root_dir)
-        numbers = dict.fromkeys(self.keys) | _numbers(trainer)
+        numbers = dict.fromkeys(self._keys(trainer)) | _numbers(trainer)
         summary = dict(sorted(numbers.items())) | {
             "status": status,
             "step": trainer.global_step,
@@ -91,6 +84,24 @@ class RunSummary(Callback):
         if not getattr(trainer, "fast_dev_run", False):
             write_atomically(run / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
         return summary
+
+    def _keys(self, trainer: Trainer) -> Sequence[str]:
+        return default_keys(trainer) if self.keys is None else self.keys
+
+
+def default_keys(trainer: Trainer) -> list[str]:
+    """Names of a policy's headline numbers, in its unit and in the score of its task."""
+    unit = getattr(trainer.lightning_module, "unit", None)
+    errors = ("val/first_action_l1", "baseline/hold_position_l1", "baseline/mean_action_l1")
+    keys = [] if unit is None else [f"{name}_{unit}" for name in errors]
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks:
+        if isinstance(callback, Rollouts):
+            score = f"mean_max_{callback.task.score_name}"
+            keys += [f"{callback.prefix}/{score}", f"{callback.prefix}/success"]
+            if callback.at_start:
+                keys.append(f"{callback.untrained_prefix}/{score}")
+    return keys
 
 
 def process_age_s() -> float:

@@ -888,19 +888,25 @@ def _write_metrics(
 ) -> None:
     from attention.study import effect_numbers
     from policies.atomic_files import write_atomically
+    from policies.interface import in_unit
+
+    def named(values: Mapping[str, float]) -> dict[str, float]:
+        return {in_unit(name, subject.loaded.action_unit): each for name, each in values.items()}
 
     document = {
         "policy": str(subject.loaded.source),
         "data": arguments.dataset_repo_id,
         "stats_from_data": subject.loaded.scaled_by_data,
         "queries": list(subject.target.queries),
+        "action_unit": subject.loaded.action_unit,
         "trained_on": list(subject.trained_on),
         "note": subject.note,
-        "counterfactual": {} if effects is None else effect_numbers(effects),
+        "object_camera": None if effects is None else _object_camera(subject),
+        "counterfactual": {} if effects is None else named(effect_numbers(effects)),
         "methods": {
             name: {
                 "mean": _mean(rows),
-                "faithfulness": verdicts[name].scalars() if name in verdicts else {},
+                "faithfulness": named(verdicts[name].scalars()) if name in verdicts else {},
                 "per_episode": rows,
             }
             for name, rows in found.items()
@@ -954,8 +960,11 @@ def _print(
         console.print(text, highlight=False, soft_wrap=True)
 
     if effects is not None:
-        moved = [f"{name} {float(px.mean()):.1f} px" for name, px in effects.effect_px.items()]
+        unit = subject.loaded.action_unit
+        moved = [f"{name} {float(px.mean()):.3g} {unit}" for name, px in effects.effect_px.items()]
         say(f"taking objects out of the picture moves the action by: {', '.join(moved)}")
+        if len(subject.loaded.view.data_schema.cameras) > 1:
+            say(f"lift, pointing and outlines are about camera {_object_camera(subject)} alone")
     if reason:
         say(f"no masks and counterfactuals: {reason}")
     if subject.loaded.scaled_by_data:
@@ -964,6 +973,11 @@ def _print(
         say(f"the policy was trained on episodes {list(subject.trained_on)}")
     if subject.note:
         say(subject.note)
+
+
+def _object_camera(subject: Subject) -> str:
+    """The camera that masks of objects belong to."""
+    return next(iter(subject.loaded.view.data_schema.cameras))
 
 
 def _add_rows(table: "Table", columns: "Sequence[Mapping[str, float]]") -> None:

@@ -210,6 +210,22 @@ class Subject:
 
         return spread_frames(self.data.demonstrations, episodes, n_frames).to(self.device)
 
+    def least_effect(self, task: "Task | None") -> float:
+        """How far an action moves at least that has moved, in data units.
+
+        A share of the widest of the action's ranges: that which the task gives, or else that of the
+        demonstrations.
+        """
+        from envs.task import DescribedActions
+        from features.effects import ZERO_EFFECT_SHARE
+
+        if isinstance(task, DescribedActions):
+            widest = max(each.high - each.low for each in task.action_dimensions)
+        else:
+            action = self.data.demonstrations.statistics.action
+            widest = float((action.max - action.min).max())
+        return ZERO_EFFECT_SHARE * widest
+
     def concepts(self, record: "FeatureRecord", task: "Task | None") -> "Concepts":
         """What is known of the frames of a record; at least the time in the episode."""
         from callbacks.feature_findings import states_of

@@ -103,17 +103,19 @@ def run(arguments: argparse.Namespace) -> int:
         bases = _bases(subject, train, held_out, arguments)
     few = feature_inputs.some(held_out, 20)
     quality = quality_of(subject.sae, _activations(subject, few))
+    unit, least = subject.data.loaded_policy.action_unit, subject.least_effect(task)
     more = {
         "telling": _telling(found),
         "split": subject.split_note,
         "episodes": {"train": train, "held_out": held_out},
         "fidelity": {**quality.scalars(), "n_episodes": len(few)},
         "behaviour": behaviour,
-        "effects": _effect_numbers(effects),
+        "effects": None if effects is None else _effect_numbers(effects, least, unit),
+        "action_unit": unit,
         "bases": [_score(score) for score in bases],
     }
     _draw(folder, subject, records["held_out"], found, effects, quality.density, arguments)
-    columns = _effect_columns(effects)
+    columns = _effect_columns(effects, unit)
     write_descriptions(folder, found, columns, more)
     _print(console, found.summary(), more, bases)
     console.print(f"written to {folder}", soft_wrap=True)
@@ -150,6 +152,7 @@ def _causes(
     """What reconstruction, and each feature, does to the action; no effects of whole frames."""
     from features.effects import FeatureProbe, behaviour_recovered, feature_effects
     from features.splice import WholeFrames
+    from policies.interface import in_unit
 
     data = subject.data
     few = feature_inputs.some(episodes, 20)
@@ -160,8 +163,9 @@ def _causes(
         mean = mean.unflatten(0, (-1, data.tap.dim))
     batch = subject.batch(episodes, arguments.n_behaviour_frames)
     recovered = behaviour_recovered(subject.view, subject.layer, reconstruct, mean, batch)
+    unit = data.loaded_policy.action_unit
     behaviour = {
-        name: {"value": each.value, "low": each.low, "high": each.high}
+        in_unit(name, unit): {"value": each.value, "low": each.low, "high": each.high}
         for name, each in recovered.summary().items()
     }
     if data.per == "frame":
@@ -184,33 +188,32 @@ def _activations(subject: Subject, episodes: Sequence[int]):
     return torch.cat([activations for activations, _, _ in subject.vectors(episodes)])
 
 
-def _effect_numbers(effects: "FeatureEffects | None") -> dict[str, Any] | None:
+def _effect_numbers(effects: "FeatureEffects", least: float, unit: str) -> dict[str, Any]:
     """What can be said of all features' effects together."""
-    if effects is None:
-        return None
     is_live = effects.n_frames > 0
     px = effects.magnitude_px[is_live].amax(-1)
     return {
         "queries": list(effects.queries),
         "n_live": int(is_live.sum()),
-        "zero_effect_rate_ablated": effects.zero_effect_rate(0.0),
-        "zero_effect_rate_doubled": effects.zero_effect_rate(2.0),
-        "median_ablated_px": float(px[:, 0].median()),
-        "max_ablated_px": float(px[:, 0].max()),
-        "median_doubled_px": float(px[:, 1].median()),
-        "max_doubled_px": float(px[:, 1].max()),
+        f"zero_effect_below_{unit}": least,
+        "zero_effect_rate_ablated": effects.zero_effect_rate(least, 0.0),
+        "zero_effect_rate_doubled": effects.zero_effect_rate(least, 2.0),
+        f"median_ablated_{unit}": float(px[:, 0].median()),
+        f"max_ablated_{unit}": float(px[:, 0].max()),
+        f"median_doubled_{unit}": float(px[:, 1].median()),
+        f"max_doubled_{unit}": float(px[:, 1].max()),
     }
 
 
-def _effect_columns(effects: "FeatureEffects | None") -> dict[str, list[Any]]:
+def _effect_columns(effects: "FeatureEffects | None", unit: str) -> dict[str, list[Any]]:
     """Columns of the table of features, for the first of the chunk steps."""
     if effects is None:
         return {}
     columns: dict[str, list[Any]] = {"n_effect_frames": effects.n_frames.tolist()}
     for place, name in enumerate(("ablated", "doubled")):
-        columns[f"{name}_px"] = _plain(effects.magnitude_px[:, place, 0])
+        columns[f"{name}_{unit}"] = _plain(effects.magnitude_px[:, place, 0])
         columns[f"{name}_consistency"] = _plain(effects.consistency[:, place, 0])
-        columns[f"{name}_arrow_px"] = [
+        columns[f"{name}_arrow_{unit}"] = [
             None if any(value != value for value in arrow) else arrow
             for arrow in effects.mean_px[:, place, 0].tolist()
         ]
@@ -309,7 +312,7 @@ def _draw(
     from rendering.charts import density_chart, strength_chart
     from rendering.picture import write_png
 
-    titles = _titles(found, effects)
+    titles = _titles(found, effects, subject.data.loaded_policy.action_unit)
     strip = draw_features(
         record,
         subject.data.demonstrations,
@@ -339,7 +342,9 @@ def _draw(
     write_png(folder / CONCEPTS_FILE, chart)
 
 
-def _titles(found: "FeatureDescriptions", effects: "FeatureEffects | None") -> dict[int, str]:
+def _titles(
+    found: "FeatureDescriptions", effects: "FeatureEffects | None", unit: str
+) -> dict[int, str]:
     """The features that tell concepts best on held-out frames, and in which words.
 
     The best feature of every concept comes first, as training frames chose it.
@@ -350,7 +355,7 @@ def _titles(found: "FeatureDescriptions", effects: "FeatureEffects | None") -> d
     titles = {}
     for row, title in concept_titles(best).items():
         if effects is not None and effects.n_frames[row] > 0:
-            title += f"; ablated {float(effects.magnitude_px[row, 0, 0]):.1f} px"
+            title += f"; ablated {float(effects.magnitude_px[row, 0, 0]):.1f} {unit}"
         titles[int(found.latents[row])] = title
     return titles
 
@@ -366,6 +371,7 @@ def _print(
     from rich.table import Table
 
     fidelity, behaviour, effects = more["fidelity"], more["behaviour"], more["effects"]
+    unit = more["action_unit"]
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True)
@@ -377,16 +383,17 @@ def _print(
     if behaviour is None:
         say("no behaviour and no effects: reconstructions cannot be put back into the policy")
     else:
-        score, moved = behaviour["action_score"], behaviour["sae_px"]
+        score, moved = behaviour["action_score"], behaviour[f"sae_{unit}"]
         say(
-            f"acting on reconstructions moves actions by {moved['value']:.2f} px; action score "
+            f"acting on reconstructions moves actions by {moved['value']:.2f} {unit}; action score "
             f"{score['value']:.4f} [{score['low']:.4f}, {score['high']:.4f}]"
         )
     if effects is not None:
         say(
-            f"ablating a feature moves the action by {effects['median_ablated_px']:.2f} px in the "
-            f"median, {effects['max_ablated_px']:.1f} px at most; "
-            f"{effects['zero_effect_rate_ablated']:.0%} move it by less than 1 px"
+            f"ablating a feature moves the action by {effects[f'median_ablated_{unit}']:.3g} "
+            f"{unit} in the median, {effects[f'max_ablated_{unit}']:.3g} {unit} at most; "
+            f"{effects['zero_effect_rate_ablated']:.0%} move it by less than "
+            f"{effects[f'zero_effect_below_{unit}']:.3g} {unit}"
         )
     binary, continuous = (len(more["telling"][kind]) for kind in ("binary", "continuous"))
     say(

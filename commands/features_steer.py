@@ -180,17 +180,24 @@ def run(arguments: argparse.Namespace) -> int:
             queries=arguments.queries,
         )
         controls = [] if intervention is None else _controls(probe, intervention, arguments)
-        found = _open_loop(subject, probe, arguments)
+        least = subject.least_effect(feature_inputs.task_of(arguments, subject.view))
+        found = _open_loop(subject, probe, least, arguments)
+    unit = subject.data.loaded_policy.action_unit
     document: dict[str, Any] = {
         **subject.metadata,
         "episodes": list(episodes),
         "n_frames": len(probe.activations),
         "queries": list(arguments.queries),
-        "effects": {**found.numbers, "control": arguments.control},
+        "action_unit": unit,
+        "effects": {
+            f"zero_effect_below_{unit}": least,
+            **found.numbers,
+            "control": arguments.control,
+        },
     }
-    _write_table(folder / TABLE_FILE, found)
-    _draw_open_loop(folder, found)
-    _print_open_loop(console, found, arguments.control)
+    _write_table(folder / TABLE_FILE, found, unit)
+    _draw_open_loop(folder, found, unit)
+    _print_open_loop(console, found, arguments.control, unit)
     if intervention is not None:
         assert task is not None
         result = _closed_loop(subject, task, intervention, controls, arguments)
@@ -241,6 +248,7 @@ class _OpenLoop:
         effects: Of every feature.
         controls: Of some features, beside random directions of equal size.
         doses: Of the same ones; None where nothing is foretold (policies other than ACT).
+        least: Of an effect, in data units.
     """
 
     def __init__(
@@ -248,10 +256,12 @@ class _OpenLoop:
         effects: "FeatureEffects",
         controls: "ControlComparison",
         doses: "DoseResponse | None",
+        least: float,
     ) -> None:
         self.effects = effects
         self.controls = controls
         self.doses = doses
+        self.least = least
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -259,8 +269,8 @@ class _OpenLoop:
         effects, controls = self.effects, self.controls
         values: dict[str, Any] = {
             "n_live": int((effects.n_frames > 0).sum()),
-            "zero_effect_rate_ablated": effects.zero_effect_rate(0.0),
-            "zero_effect_rate_doubled": effects.zero_effect_rate(2.0),
+            "zero_effect_rate_ablated": effects.zero_effect_rate(self.least, 0.0),
+            "zero_effect_rate_doubled": effects.zero_effect_rate(self.least, 2.0),
             "n_compared": len(controls.latents),
             "n_controls": controls.control_px.shape[1],
             "significant_share": controls.significant_share(),
@@ -294,7 +304,9 @@ class _OpenLoop:
         ]
 
 
-def _open_loop(subject: Subject, probe: "FeatureProbe", arguments: argparse.Namespace) -> _OpenLoop:
+def _open_loop(
+    subject: Subject, probe: "FeatureProbe", least: float, arguments: argparse.Namespace
+) -> _OpenLoop:
     """Measure every feature, then compare and dose the strongest."""
     import torch
 
@@ -352,10 +364,10 @@ def _open_loop(subject: Subject, probe: "FeatureProbe", arguments: argparse.Name
         others = subject.sae.directions.detach()[live[picks]].cpu()
     controls = random_direction_effects(few, directions=others)
     foretells = isinstance(subject.view, ACTPolicy) and subject.layer in ("encoder", "decoder")
-    return _OpenLoop(effects, controls, dose_response(few) if foretells else None)
+    return _OpenLoop(effects, controls, dose_response(few) if foretells else None, least)
 
 
-def _write_table(path: Path, found: _OpenLoop) -> None:
+def _write_table(path: Path, found: _OpenLoop, unit: str) -> None:
     """One row for each feature that fires."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -373,14 +385,14 @@ def _write_table(path: Path, found: _OpenLoop) -> None:
             "n_frames": int(effects.n_frames[place]),
         }
         for factor, name in enumerate(("ablated", "doubled")):
-            row[f"{name}_px"] = float(effects.magnitude_px[place, factor, 0])
+            row[f"{name}_{unit}"] = float(effects.magnitude_px[place, factor, 0])
             row[f"{name}_consistency"] = float(effects.consistency[place, factor, 0])
-            row[f"{name}_arrow_px"] = effects.mean_px[place, factor, 0].tolist()
+            row[f"{name}_arrow_{unit}"] = effects.mean_px[place, factor, 0].tolist()
         if latent in compared:
             here = compared[latent]
             row |= {
                 "ablated_p": float(controls.p_value[here, 0]),
-                "control_95_px": float(controls.control_px[here, :, 0].quantile(0.95)),
+                f"control_95_{unit}": float(controls.control_px[here, :, 0].quantile(0.95)),
             }
             if doses is not None:
                 row |= {
@@ -401,7 +413,7 @@ def _schema(rows: Sequence[dict[str, Any]]) -> Any:
     return pa.Table.from_pylist([richest]).schema
 
 
-def _draw_open_loop(folder: Path, found: _OpenLoop) -> None:
+def _draw_open_loop(folder: Path, found: _OpenLoop, unit: str) -> None:
     """Draw the arrows of the strongest features, and how they answer doses."""
     from rendering.charts import arrows_chart, curves_chart
     from rendering.picture import write_png
@@ -412,7 +424,7 @@ def _draw_open_loop(folder: Path, found: _OpenLoop) -> None:
     if arrows.shape[1] == 2:
         names = [str(latent) for latent in shown]
         title = "change of the action when a feature is doubled"
-        write_png(folder / ARROWS_FILE, arrows_chart(arrows, names, title=title))
+        write_png(folder / ARROWS_FILE, arrows_chart(arrows, names, unit, title))
     if doses is None:
         return
     curves = {}
@@ -424,19 +436,20 @@ def _draw_open_loop(folder: Path, found: _OpenLoop) -> None:
         doses.doses,
         curves,
         "dose, in root mean squares of the feature's active code",
-        "px along the foretold direction",
+        f"{unit} along the foretold direction",
         "mean change of the action",
     )
     write_png(folder / DOSES_FILE, chart)
 
 
-def _print_open_loop(console: Any, found: _OpenLoop, control: str) -> None:
+def _print_open_loop(console: Any, found: _OpenLoop, control: str, unit: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     effects, controls, doses = found.effects, found.controls, found.doses
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    columns = ["feature", "frames", "ablated\npx", "random\n95 % px", "p", "doubled\npx"]
+    columns = ["feature", "frames", f"ablated\n{unit}", f"random\n95 % {unit}", "p"]
+    columns += [f"doubled\n{unit}"]
     for name in columns + (["dose\ncosine", "dose\nslope", "dose\nrank"] if doses else []):
         table.add_column(name, justify="right", no_wrap=True)
     for row, latent in enumerate(controls.latents):
@@ -456,9 +469,10 @@ def _print_open_loop(console: Any, found: _OpenLoop, control: str) -> None:
     numbers = found.numbers
     console.print(
         f"{numbers['zero_effect_rate_ablated']:.0%} of {numbers['n_live']} features move the "
-        f"action by less than 1 px when ablated; {numbers['significant_share']:.0%} of the "
-        f"{numbers['n_compared']} above, chosen by their effect, exceed the 95 % quantile of "
-        f"{numbers['n_controls']} random {CONTROLS[control]} of equal size",
+        f"action by less than {found.least:.3g} {unit} when ablated; "
+        f"{numbers['significant_share']:.0%} of the {numbers['n_compared']} above, chosen by their "
+        f"effect, exceed the 95 % quantile of {numbers['n_controls']} random {CONTROLS[control]} "
+        "of equal size",
         soft_wrap=True,
     )
     if doses is not None:

@@ -70,6 +70,7 @@ def can_replay(task: Task | None, batch: Batch) -> bool:
         return False
     env = task.make()
     try:
+        env.reset(0)
         return batch.simulator_state.shape[-1] == len(env.state())
     finally:
         env.close()

@@ -225,9 +225,10 @@ class _Episode:
             self.states.append(self.env.state())
             self.actions.append(clipped)
             self.predicted.append(predicted)
-        self.scores.append(outcome.score)
-        self.rewards.append(outcome.reward)
-        self.terminated = outcome.terminated
+        # Plain numbers, for JSON: a simulator in numpy gives numpy's.
+        self.scores.append(float(outcome.score))
+        self.rewards.append(float(outcome.reward))
+        self.terminated = bool(outcome.terminated)
 
     def result(self, task: Task) -> EpisodeResult:
         best = max(self.scores)
@@ -238,7 +239,7 @@ class _Episode:
             final_score=self.scores[-1],
             max_reward=max(self.rewards),
             sum_reward=sum(self.rewards),
-            success=tuple(task.is_success(best, limit) for limit in task.success_thresholds),
+            success=tuple(bool(task.is_success(best, limit)) for limit in task.success_thresholds),
             terminated=self.terminated,
             n_clipped_steps=self.n_clipped_steps,
         )
@@ -288,7 +289,7 @@ def rollout(
 
     if not seeds or n_parallel < 1:
         raise ValueError(f"{len(seeds)} seeds, n_parallel {n_parallel}: give at least one of each")
-    _check_fit(policy, task)
+    check_fit(policy, task)
     results: list[EpisodeResult] = []
     recordings: list[EpisodeRecording] = []
     envs: list[Environment] = []
@@ -399,8 +400,12 @@ def _batch(policy: PolicyView, histories: list[list[EnvironmentObservation]]) ->
     )
 
 
-def _check_fit(policy: PolicyView, task: Task) -> None:
-    """Every column the policy needs must be there, in the size it was made for."""
+def check_fit(policy: PolicyView, task: Task) -> None:
+    """Refuse a task that lacks a column the policy needs, or has it in another size.
+
+    Raises:
+        RolloutError: When they do not fit.
+    """
     theirs, ours = policy.data_schema, task.data_schema()
     problems = []
     for name, size in theirs.cameras.items():

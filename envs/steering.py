@@ -43,8 +43,8 @@ class Variant:
     name: str
     values: Mapping[str, Float[np.ndarray, " episode"]]
     """``success`` at the benchmark's own threshold, ``max_<score>``, ``n_steps``;
-    ``path_<object>_px``, the way that each object went; ``net_<pose parameter>``, by how much it
-    ended elsewhere, with its sign, in its unit; and what the intervention did to the chunks that
+    ``path_<object>_<unit>``, the way that each object went; ``net_<pose parameter>``, by how much
+    it ended elsewhere, with its sign, in its unit; and what the intervention did to the chunks that
     the policy would have predicted at the same instants: ``action_change``, the mean length of the
     change, and ``action_change_<dimension>``, its mean, in data units (0 for the baseline)."""
     recordings: tuple[EpisodeRecording, ...] = field(default=(), repr=False)
@@ -361,9 +361,9 @@ def _values(
         "n_steps": np.array([float(episode.n_steps) for episode in episodes]),
     }
     for owner in dict.fromkeys(parameter.owner for parameter in parameters):
-        places = [each for each in parameters if each.owner == owner and each.unit == "px"]
+        places = [each for each in parameters if each.owner == owner and each.unit != "deg"]
         if places:
-            values[f"path_{owner}_px"] = np.array(
+            values[f"path_{owner}_{places[0].unit}"] = np.array(
                 [
                     np.linalg.norm(
                         np.diff(np.stack([_course(recording, each) for each in places]), axis=1),

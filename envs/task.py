@@ -1,5 +1,6 @@
 """What a rollout needs to know of a task: a new task is one file, and no change elsewhere."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,8 +69,7 @@ class Environment(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the simulator."""
-        ...
+        """Free the simulator; nothing to do for one that holds nothing."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class PoseParameter:
     index: int
     """Its place in the simulator's state."""
     unit: str
-    """``px`` or ``deg``."""
+    """``deg`` for an angle, else that of a place, the same for all of them (PushT: ``px``)."""
     step: float
     """Of a move to either side, in ``unit``: small against the task, yet to be seen."""
     per_unit: float = 1.0
@@ -145,7 +145,11 @@ class Scene(Environment, Protocol):
 
 
 class Task(ABC):
-    """A benchmark: how to make its environment, and how it is scored."""
+    """A benchmark: how to make its environment, and how it is scored.
+
+    A new task says its name, frequency, step limit and thresholds, describes its actions
+    (:class:`DescribedActions`) and makes its environment; the rest follows from these.
+    """
 
     @property
     @abstractmethod
@@ -161,40 +165,93 @@ class Task(ABC):
     """Control steps after which an episode ends unsolved."""
 
     @property
-    @abstractmethod
     def score_name(self) -> str:
         """What :attr:`Transition.score` measures, e.g. ``coverage``."""
+        return "score"
 
     @property
-    @abstractmethod
     def reward_name(self) -> str:
         """What :attr:`Transition.reward` measures, e.g. ``overlap``."""
+        return "reward"
 
     success_thresholds: tuple[float, ...]
     """Scores at which success is reported, ascending; the last is the benchmark's own."""
 
-    @abstractmethod
     def is_success(self, score: float, threshold: float) -> bool:
-        """Whether an episode with this best score counts as solved at ``threshold``."""
+        """Whether an episode with this best score counts as solved at ``threshold``: reached it."""
+        return score >= threshold
 
-    @abstractmethod
     def clip_actions(
         self, actions: Float[np.ndarray, "*batch action"]
     ) -> Float[np.ndarray, "*batch action"]:
-        """Bring actions into the bounds that the environment accepts."""
+        """Bring actions into the bounds that the environment accepts.
 
-    @abstractmethod
+        Raises:
+            ValueError: If the task does not say what its actions are.
+        """
+        dimensions = _described(self)
+        return np.clip(
+            actions, [each.low for each in dimensions], [each.high for each in dimensions]
+        )
+
     def data_schema(self) -> "DataSchema":
-        """Columns that demonstrations of this task have."""
+        """Columns that demonstrations of this task have: what one look at an environment shows.
+
+        Raises:
+            ValueError: If the task does not say what its actions are.
+        """
+        from policies.interface import DataSchema
+
+        n_actions = len(_described(self))
+        env = self.make()
+        try:
+            env.reset(0)
+            seen = env.observe()
+        finally:
+            env.close()
+        sizes = {name: picture.shape for name, picture in seen["images"].items()}
+        return DataSchema(
+            cameras={name: (height, width) for name, (height, width, _) in sizes.items()},
+            state_dim=len(seen["state"]),
+            action_dim=n_actions,
+            fps=self.fps,
+        )
 
     @classmethod
-    @abstractmethod
     def for_policy(cls, schema: "DataSchema") -> "Task":
         """The task as a policy made for ``schema`` sees it, e.g. with pictures of its size.
 
+        Here the task as it is without arguments, for policies that look through its cameras, read
+        its state, if any, and give its actions.
+
         Raises:
-            ValueError: When the task cannot show what the policy wants to see.
+            ValueError: When the task cannot show what the policy wants to see, or an argument of it
+                has no default.
         """
+        try:
+            inspect.signature(cls).bind()
+        except TypeError as error:
+            raise ValueError(
+                f"task {cls.__name__} cannot be made without arguments ({error}): give each a "
+                "default, or the task a for_policy of its own"
+            ) from error
+        task = cls()
+        offered = task.data_schema()
+        others = {
+            name: size for name, size in schema.cameras.items() if offered.cameras.get(name) != size
+        }
+        if (
+            others
+            or schema.state_dim not in (0, offered.state_dim)
+            or schema.action_dim != offered.action_dim
+        ):
+            raise ValueError(
+                f"the policy has cameras {schema.cameras}, a state of {schema.state_dim} and "
+                f"actions of {schema.action_dim} dimensions, task {task.name} {offered.cameras}, "
+                f"{offered.state_dim} and {offered.action_dim}; give a policy that was trained on "
+                "this task"
+            )
+        return task
 
     @abstractmethod
     def make(self) -> Environment:
@@ -226,6 +283,15 @@ class DescribedActions(Protocol):
     def action_dimensions(self) -> tuple[ActionDimension, ...]:
         """One for each number of an action, in order."""
         ...
+
+
+def _described(task: Task) -> tuple[ActionDimension, ...]:
+    if not isinstance(task, DescribedActions):
+        raise ValueError(
+            f"task {task.name} does not say what its actions are: give {type(task).__name__} "
+            "action_dimensions, or clip_actions and data_schema of its own"
+        )
+    return task.action_dimensions
 
 
 @runtime_checkable

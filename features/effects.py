@@ -38,8 +38,9 @@ from features.taps import continue_from, edit_activations, read_activations
 from policies.act import ACTPolicy
 from policies.interface import Batch, Observation, PolicyView
 
-ZERO_EFFECT_PX = 1.0
-"""An action that moves by less has not moved: a fifth of a pixel of a 96 px picture."""
+ZERO_EFFECT_SHARE = 1 / 512
+"""An action that moves by less than this share of its range has not moved (PushT: 1 px, a fifth of
+a pixel of a 96 px picture)."""
 DOSES = (-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0)
 _FRAMES, _LATENTS = 256, 128
 """That are worked on together."""
@@ -457,13 +458,16 @@ class FeatureEffects:
     """Length of the mean unit vector: 1 where all changes point one way, about ``0.9 /
     sqrt(n_frames)`` by chance."""
 
-    @property
-    def has_no_effect(self) -> Bool[Tensor, "latent factor"]:
-        """Where no chunk step moves by :data:`ZERO_EFFECT_PX`; False for silent features."""
-        return (self.magnitude_px < ZERO_EFFECT_PX).all(-1)
+    def has_no_effect(self, least: float) -> Bool[Tensor, "latent factor"]:
+        """Where no chunk step moves by ``least``, in data units; False for silent features."""
+        return (self.magnitude_px < least).all(-1)
 
-    def zero_effect_rate(self, factor: float = 0.0) -> float:
+    def zero_effect_rate(self, least: float, factor: float = 0.0) -> float:
         """Share of the live features without effect.
+
+        Args:
+            least: Smallest effect, in data units: :data:`ZERO_EFFECT_SHARE` of the action's range.
+            factor: Of the codes.
 
         Raises:
             ValueError: If the factor was not measured.
@@ -471,7 +475,8 @@ class FeatureEffects:
         if factor not in self.factors:
             raise ValueError(f"factor {factor}: measured were {self.factors}")
         is_live = self.n_frames > 0
-        return float(self.has_no_effect[is_live, self.factors.index(factor)].double().mean())
+        without = self.has_no_effect(least)[is_live, self.factors.index(factor)]
+        return float(without.double().mean())
 
 
 def feature_effects(

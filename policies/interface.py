@@ -374,3 +374,9 @@ class Findings:
     """Name to (edges, counts): rising edges, one more than the at most 512 counts."""
     arrays: dict[str, str] = field(default_factory=dict)
     """Artifact name to path of an npz or Parquet file: what numbers and pictures were made from."""
+
+
+def in_unit(name: str, unit: str) -> str:
+    """Put the unit of a policy's actions into the name of a number about them, ``..._px``."""
+    stem = name.removesuffix("_px")
+    return name if stem == name else f"{stem}_{unit}"

@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 
 from callbacks.rollouts import Rollouts
+from callbacks.summary import default_keys
 from envs.push_t import PushTTask
+from envs.rollout import RolloutError
 from policies.ensembling import ActionQueue, TemporalEnsembler
 from policies.interface import DataSchema
 
@@ -99,3 +102,27 @@ def test_torch_is_left_alone(tmp_path):
     before = torch.get_rng_state()
     diagnose(tmp_path, step=3)
     torch.testing.assert_close(torch.get_rng_state(), before)
+
+
+def test_a_second_way_of_acting_has_numbers_and_films_of_its_own(tmp_path):
+    findings = diagnose(tmp_path, step=10, name="rollout_ensembled", temporal_ensemble_coeff=0.01)
+    assert {name.split("/")[0] for name in findings.scalars} == {"rollout_ensembled"}
+    assert set(findings.videos) == {"rollout_ensembled/video"}
+    untrained = diagnose(tmp_path, step=0, name="rollout_ensembled")
+    assert {name.split("/")[0] for name in untrained.scalars} == {"untrained_rollout_ensembled"}
+
+
+def test_a_task_that_the_policy_does_not_fit_is_refused_before_training():
+    module = Module(HoldStill())
+    Rollouts(PushTTask(image_size=32)).on_fit_start(FakeTrainer(0, State()), module)
+    with pytest.raises(RolloutError, match=r"'image' is .48, 48. px, not .32, 32."):
+        Rollouts(PushTTask(image_size=48)).on_fit_start(FakeTrainer(0, State()), module)
+
+
+def test_the_summary_asks_for_the_untrained_policy_where_it_was_measured_alone():
+    task = PushTTask(image_size=32)
+    callbacks = [Rollouts(task, at_start=True), Rollouts(task, name="rollout_scaled")]
+    keys = default_keys(SimpleNamespace(lightning_module=None, callbacks=callbacks))
+    assert "untrained/mean_max_coverage" in keys
+    assert "rollout_scaled/mean_max_coverage" in keys
+    assert not [key for key in keys if key.startswith("untrained_rollout_scaled")]

@@ -236,7 +236,7 @@ def test_the_report_has_words_for_what_it_shows():
     text = json.dumps(specification(define_report(plan_sections(INVENTED))))
     for panel in (panel for section in plan_sections(INVENTED) for panel in section.panels):
         assert panel.text in text
-    assert "Share of episodes whose best coverage exceeds the threshold." in text
+    assert "Share of episodes whose best score is beyond the threshold." in text
 
 
 class Server(BaseHTTPRequestHandler):
@@ -333,3 +333,27 @@ def test_without_an_account_definitions_are_written_and_nothing_is_saved(
     missing = ["workspace", "--run_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     assert analyze.main(missing) == 1
     assert "--run_dir is the folder of one run" in capsys.readouterr().err
+
+
+def test_ways_of_acting_share_a_panel_and_an_angle_stands_alone():
+    names = frozenset(
+        {
+            "rollout/success",
+            "rollout_ensembled/success",
+            "untrained/success",
+            "untrained_rollout_ensembled/success",
+            "features/sae_cm",
+            "features/mean_cm",
+            "features/mean_cosine",
+        }
+    )
+    sections = plan_sections(LoggedNames(names))
+    for name in names:
+        section, shown = panel_of(sections, name)
+        if name.endswith("success"):
+            assert section == "rollout"
+            assert set(shown) == {each for each in names if each.endswith("success")}
+        elif name.endswith("cosine"):
+            assert (section, shown) == ("features", (name,))
+        else:
+            assert (section, set(shown)) == ("features", {"features/sae_cm", "features/mean_cm"})

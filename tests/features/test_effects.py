@@ -64,7 +64,7 @@ def test_effects_are_those_of_one_hooked_policy_for_each_feature(policy, batch, 
             assert int(effects.n_active[latent]) == len(change)
             if not len(change):
                 assert effects.mean_px[latent].isnan().all()
-                assert not effects.has_no_effect[latent].any()
+                assert not effects.has_no_effect(1.0)[latent].any()
                 continue
             n_checked += 1
             found = (
@@ -105,14 +105,17 @@ def test_zero_effect_counts_live_features_alone(policy, batch, saes):
     is_live = effects.n_active > 0
     assert 0 < is_live.sum() < sae.n_latents
     below = effects.magnitude_px[is_live, 0, 0] < 1
-    assert effects.zero_effect_rate() == pytest.approx(float(below.double().mean()))
+    assert effects.zero_effect_rate(1.0) == pytest.approx(float(below.double().mean()))
+    # In another unit, the same effects and a bound a hundred times as small say the same.
+    finer = replace(effects, magnitude_px=effects.magnitude_px / 100)
+    assert finer.zero_effect_rate(0.01) == effects.zero_effect_rate(1.0)
     with pytest.raises(ValueError, match="measured were"):
-        effects.zero_effect_rate(0.5)
+        effects.zero_effect_rate(1.0, 0.5)
     # A head that reads nothing: no feature does anything.
     deaf = tiny_act().requires_grad_(False)
     deaf.network.action_head.weight.zero_()
     nothing = feature_effects(FeatureProbe(deaf, "encoder", saes["encoder"], batch.observation))
-    assert nothing.zero_effect_rate() == 1.0
+    assert nothing.zero_effect_rate(1.0) == 1.0
 
 
 def test_a_planted_direction_stands_out_and_a_blind_one_does_not(policy, batch):
