@@ -49,6 +49,12 @@ COMMANDS = {
         required=("policy_path", "output_dir"),
         optional=("task", "device", "revision"),
     ),
+    "transfer": Command(
+        "commands.transfer",
+        "a policy of one arm acts with another, with and without the flip: success, pictures",
+        required=("policy_path", "output_dir"),
+        optional=("dataset_repo_id", "task", "device", "revision"),
+    ),
     "landscape": Command(
         "commands.landscape",
         "what a policy would do everywhere on the board: densities, videos, calibration",
@@ -95,6 +101,14 @@ COMMANDS = {
         "tell unfamiliar frames from the policy's own activations, at a stated false-alarm rate",
         required=("policy_path", "dataset_repo_id", "output_dir"),
         optional=("task", "device", "revision", "stats_from_data"),
+    ),
+    "symmetry": Command(
+        "commands.symmetry",
+        "is the second arm the mirror image of the first: replays, cameras, flips; exit status 1 "
+        "when it is not",
+        required=("output_dir",),
+        optional=("dataset_repo_id", "episode_idx", "task"),
+        several=("episode_idx",),
     ),
     "browse": Command(
         "commands.browse",

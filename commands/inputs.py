@@ -1,6 +1,7 @@
 """What several commands are given: a device, a task, switches, policies, demonstrations."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from envs.task import Task
     from policies.ensembling import ActionQueue, TemporalEnsembler
     from policies.loading import LoadedPolicy
+
+DEFAULT_TASK = "envs.push_t.PushTTask"
+"""Of ``--task``."""
 
 
 def device(name: str) -> str:
@@ -55,8 +59,8 @@ def task_class(class_path: str) -> "type[Task]":
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"--task {class_path}: no such class ({error}); the one that is built in is "
-            "envs.push_t.PushTTask"
+            f"--task {class_path}: no such class ({error}); built in are "
+            "envs.push_t.PushTTask and envs.aloha.AlohaTransferCubeTask"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ValueError(f"--task {class_path}: is no envs.task.Task")
@@ -66,13 +70,17 @@ def task_class(class_path: str) -> "type[Task]":
 def task_for(class_path: str, schema: DataSchema) -> "Task | None":
     """Make the task that ``--task`` names; None where it is not what the policy was made for.
 
+    The default is left out silently; of a task that somebody asked for, the reason is printed.
+
     Raises:
         ValueError: If there is no such task.
     """
     task = task_class(class_path)
     try:
         return task.for_policy(schema)
-    except ValueError:
+    except ValueError as error:
+        if class_path != DEFAULT_TASK:
+            print(f"--task {class_path} is left out: {error}", file=sys.stderr)
         return None
 
 
@@ -98,7 +106,7 @@ def controller_for(
     Raises:
         ValueError: If both are given, or a queue is longer than the chunk.
     """
-    from policies.ensembling import ActionQueue, TemporalEnsembler
+    from policies.ensembling import controller_of
 
     if n_action_steps is not None and temporal_ensemble_coeff is not None:
         raise ValueError(
@@ -107,13 +115,11 @@ def controller_for(
         )
     view = policy.view
     coefficient = ensemble_coefficient(policy, temporal_ensemble_coeff, n_action_steps)
-    if coefficient is not None:
-        return TemporalEnsembler(coefficient, view.chunk_size)
     if n_action_steps is not None and n_action_steps > view.chunk_size:
         raise ValueError(
             f"--n_action_steps {n_action_steps}: the policy predicts chunks of {view.chunk_size}"
         )
-    return ActionQueue(n_action_steps or view.n_action_steps)
+    return controller_of(view, n_action_steps, coefficient)
 
 
 def load_policies(

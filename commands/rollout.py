@@ -10,7 +10,7 @@ from pathlib import Path
 from commands.inputs import device, task_class
 from envs.rollout import Controller, RolloutResult, rollout
 from envs.task import Task
-from policies.ensembling import ActionQueue, TemporalEnsembler
+from policies.ensembling import controller_of
 from policies.interface import PolicyView
 from policies.loading import LoadedPolicy, load_policy
 
@@ -28,9 +28,7 @@ class Variant:
 
     def controller(self, view: PolicyView) -> Controller:
         """Build the queue or the ensembler."""
-        if self.temporal_ensemble_coeff is not None:
-            return TemporalEnsembler(self.temporal_ensemble_coeff, view.chunk_size)
-        return ActionQueue(self.n_action_steps or view.n_action_steps)
+        return controller_of(view, self.n_action_steps, self.temporal_ensemble_coeff)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
     on = device(arguments.device)
     task_type = task_class(arguments.task)
     policy = load_policy(arguments.policy_path, on, arguments.revision)
-    task = task_type.for_policy(policy.view.data_schema)
+    try:
+        task = task_type.for_policy(policy.view.data_schema)
+    except ValueError as error:
+        raise ValueError(
+            f"--task {arguments.task}: {error}, or name the policy's own task"
+        ) from error
     plans = variants(policy, arguments.n_action_steps, arguments.temporal_ensemble_coeff)
     folder.mkdir(parents=True, exist_ok=True)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.n_episodes)

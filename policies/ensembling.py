@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from policies.interface import PolicyView
+
 
 class ActionQueue:
     """Execute the first ``n_action_steps`` of a chunk, then ask for the next chunk."""
@@ -108,3 +110,18 @@ class TemporalEnsembler:
             )
         self._average, self._count = average[:, 1:], count[1:]
         return average[:, 0]
+
+
+def controller_of(
+    view: PolicyView, n_action_steps: int | None, temporal_ensemble_coeff: float | None
+) -> ActionQueue | TemporalEnsembler:
+    """Build what turns a policy's chunks into actions.
+
+    Args:
+        view: The policy.
+        n_action_steps: Length of the queue; the policy's own when None.
+        temporal_ensemble_coeff: Average overlapping chunks in place of the queue, unless None.
+    """
+    if temporal_ensemble_coeff is not None:
+        return TemporalEnsembler(temporal_ensemble_coeff, view.chunk_size)
+    return ActionQueue(n_action_steps or view.n_action_steps)

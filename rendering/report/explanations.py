@@ -86,6 +86,7 @@ SECTIONS = {
 SECTION_OF_PREFIX = {
     "rollout": "rollout",
     "untrained": "rollout",
+    "transfer": "rollout",
     "val": "val",
     "test": "val",
     "baseline": "val",
@@ -102,9 +103,22 @@ SECTION_OF_PREFIX = {
 
 _ROLLOUTS = (
     Trust(r"rollout/mean_max_coverage", "coverage", "interval"),
+    Trust(r"rollout/mean_max_(?!coverage|overlap|reward)[a-z]+", "score", "interval"),
     Trust(r"rollout/success", "success", "interval"),
     Trust(r"rollout/n_episodes", "episodes", "more = narrower"),
-    Trust(r"rollout/clipped_share", "clipped actions", "near 0"),
+    Trust(r"rollout/clipped_share", "clipped actions", "0 = in range"),
+)
+_OTHER_ROLLOUTS = (
+    Trust(r"(?P<of>rollout_\w+)/mean_max_[a-z]+", "score", "interval"),
+    Trust(r"(?P<of>rollout_\w+)/success", "success", "interval"),
+)
+_TRANSFER = (
+    Trust(r"transfer/(?P<of>arm\d+(?:_flipped)?)/mean_max_coverage", "coverage", "interval"),
+    Trust(r"transfer/(?P<of>arm\d+(?:_flipped)?)/success", "success", "interval"),
+)
+_OTHER_TRANSFERS = (
+    Trust(r"(?P<of>transfer_\w+/arm\d+(?:_flipped)?)/mean_max_coverage", "coverage", "interval"),
+    Trust(r"(?P<of>transfer_\w+/arm\d+(?:_flipped)?)/success", "success", "interval"),
 )
 _LANDSCAPES = (
     Trust(r"landscape/val/(?P<of>k\d+)/nll", "NLL, nats", "lower"),
@@ -132,8 +146,28 @@ PICTURES = (
         r"rollout/video",
         "Rollouts",
         "The first seeds side by side, from their start to success or the time limit; the caption "
-        "counts steps and coverage.",
+        "counts steps and the score.",
         _ROLLOUTS,
+    ),
+    Picture(
+        r"rollout_\w+/video",
+        "Rollouts, another way of acting",
+        "The same seeds, acting in the way that its name says.",
+        _OTHER_ROLLOUTS,
+    ),
+    Picture(
+        r"transfer/video",
+        "An arm it has never seen",
+        "A row per trial, from the same start: the arm it was trained for, its mirror image with "
+        "the policy as it is, and with the mirror in between, where it sees its own world: it does "
+        "as on the left until rounding, or noise that is drawn anew, parts them.",
+        _TRANSFER,
+    ),
+    Picture(
+        r"transfer_\w+/video",
+        "An arm it has never seen, another way of acting",
+        "The same trials, acting in the way that its name says.",
+        _OTHER_TRANSFERS,
     ),
     Picture(
         r"landscape/strip",
@@ -148,6 +182,41 @@ PICTURES = (
         "Landscape along an episode",
         "The same along a whole recorded episode: a landscape that splits in two shows a policy "
         "that has not decided.",
+        _LANDSCAPES,
+    ),
+    Picture(
+        r"landscape/strip_.+",
+        "Action landscape, another plane",
+        "The same over two other dimensions of the action.",
+        _LANDSCAPES,
+    ),
+    Picture(
+        r"landscape/video_.+",
+        "Landscape along an episode, another plane",
+        "The same over two other dimensions of the action.",
+        _LANDSCAPES,
+    ),
+    Picture(
+        r"landscape/marginals",
+        "Every dimension by itself",
+        "One instant, a panel for each number of the action, each on its own scale: the darker, "
+        "the smaller the region that holds 50, 80 or 95 % of the mass; red is what the "
+        "demonstrator did, the star what the policy predicts.",
+        _LANDSCAPES,
+    ),
+    Picture(
+        r"landscape/marginals_along",
+        "Every dimension along an episode",
+        "A band for each number of the action, time to the right: bright values are likely, the "
+        "red line is the demonstration. A red line outside of the bright part is a surprise.",
+        _LANDSCAPES,
+    ),
+    Picture(
+        r"landscape/projection(_strip)?",
+        "Where actions lead",
+        "Over what each camera saw, for each end effector: the outlines hold 50 and 80 % of where "
+        "the policy would have it some steps later, the star is its prediction, the red cross "
+        "the demonstration.",
         _LANDSCAPES,
     ),
     Picture(
@@ -197,6 +266,18 @@ PICTURES = (
 CHANCE = "chance"
 REFERENCES = (
     Reference(r"rollout/(?P<name>.+)", "untrained", r"untrained/\g<name>"),
+    Reference(r"rollout_\w+/(?P<name>.+)", "rollout", r"rollout/\g<name>"),
+    Reference(
+        r"(?P<arm>transfer(?:_\w+)?/arm\d+)/(?P<name>.+)",
+        "with the flip",
+        r"\g<arm>_flipped/\g<name>",
+    ),
+    Reference(
+        r"(?P<run>transfer(?:_\w+)?)/(?:arm\d+_)?equivariance_px",
+        "drawn anew",
+        r"\g<run>/redrawn_px",
+    ),
+    Reference(r"transfer(?:_\w+)?/(?:arm\d+_)?equivariance_px", "respects the mirror", value=0.0),
     Reference(
         r"val/first_action_l1_(?P<unit>[a-z]+)",
         "hold position",
@@ -216,7 +297,9 @@ REFERENCES = (
 )
 
 FAMILIES = (
+    r"transfer(?:_\w+)?/(?P<of>arm\d+(?:_flipped)?)/(?P<rest>.+)",
     r"attention/(?P<of>[^/]+)/(?P<rest>.+)",
+    r"(?P<start>landscape/[^/]+/k\d+)/(?P<of>[^/]+)(?P<rest>/[^/]+)",
     r"(?P<start>.+)/(?P<of>k\d+)(?P<rest>/.+)?",
 )
 """Numbers that differ in the group ``of`` only share a chart."""
@@ -232,9 +315,15 @@ HEADLINES = (
         (("untrained", "untrained/mean_max_coverage"),),
     ),
     Headline(
+        r"rollout/mean_max_(?P<score>(?!coverage|overlap|reward)[a-z]+)",
+        r"mean max \g<score>",
+        "Best score of an episode, mean over episodes.",
+        (("untrained", r"untrained/mean_max_\g<score>"),),
+    ),
+    Headline(
         "rollout/success",
         "success",
-        "Share of episodes above the highest coverage threshold.",
+        "Share of episodes that are solved, at the last threshold.",
         (("untrained", "untrained/success"),),
     ),
     Headline(
@@ -286,6 +375,22 @@ HEADLINES = (
 
 MEANINGS = (
     (
+        r"transfer(?:_\w+)?/arm\d+_flipped/success",
+        "Success of an unseen arm with the mirror in between.",
+    ),
+    (
+        r"transfer(?:_\w+)?/redrawn_px",
+        "Distance of two chunks drawn for one observation, median, px.",
+    ),
+    (
+        r"transfer(?:_\w+)?/arm\d+_flipped/mean_max_coverage",
+        "Best coverage of an unseen arm with the mirror in between; mean over episodes.",
+    ),
+    (
+        r"transfer(?:_\w+)?/(?:arm\d+_)?equivariance_px",
+        "Distance of the action in the mirror from the mirrored action, median, px.",
+    ),
+    (
         r"(train|val|test)/loss",
         "What is minimised: of one batch; of held-out data in val and test.",
     ),
@@ -298,20 +403,29 @@ MEANINGS = (
     (r".+/first_action_l1_[a-z]+", "Error of the action to execute now."),
     (r"baseline/hold_position_l1_[a-z]+", "Error of staying where the agent is."),
     (r"baseline/mean_action_l1_[a-z]+", "Error of the mean action of the training split."),
-    (r".*success(_\d\.\d+)?", "Share of episodes whose best coverage exceeds the threshold."),
+    (r".*success(_\d\.\d+)?", "Share of episodes whose best score is beyond the threshold."),
     (r".*mean_max_coverage", "Best coverage of an episode, mean over episodes."),
     (r".*mean_max_overlap", "Coverage over 0.95, at most 1; mean of the best of each episode."),
     (r".*mean_final_coverage", "Coverage at the end of an episode, mean over episodes."),
     (r".*mean_sum_reward", "Sum of rewards of an episode, mean over episodes."),
     (r".*mean_n_steps", "Length of an episode in steps, mean over episodes."),
-    (r".*clipped_share", "Share of actions that had to be clipped to the board."),
+    (r".*clipped_share", "Share of actions that had to be clipped to the task's range."),
     (r".*n_episodes", "Episodes behind these numbers."),
-    (r"landscape/.+/nll", "-log p at the demonstrated action, nats per px^2; lower is better."),
+    (
+        r"landscape/.+/nll",
+        "-log p at the demonstrated action, nats per unit of the axes; lower is better.",
+    ),
     (r"landscape/.+/nll_z0", "NLL with one kernel at z = 0."),
-    (r"landscape/.+/nll_frozen", "NLL with b = 10 px: free of drift through recalibration."),
+    (
+        r"landscape/.+/nll_frozen",
+        "NLL with b at 2 % of each axis (PushT: 10 px): free of drift through recalibration.",
+    ),
     (r"landscape/.+/z_value", "What samples of z add over z = 0, nats."),
     (r"landscape/.+/skill_vs_agent", "NLL of a density at the agent's position minus NLL, nats."),
-    (r"landscape/.+/energy", "Energy score, px: strictly proper, no bandwidth; lower is better."),
+    (
+        r"landscape/.+/energy",
+        "Energy score, in the unit of the actions: strictly proper, no bandwidth; lower is better.",
+    ),
     (r"landscape/.+/c(50|80|95)", "Share of demonstrations inside the region of that mass."),
     (r"landscape/.+/ks", "Distance of the HPD levels from uniform; 0 is calibrated."),
     (r"landscape/.+/area_rank_med", "Share of the board scoring at least as high; median."),
@@ -322,7 +436,7 @@ MEANINGS = (
     (r"landscape/.+/regret_med", "Log density of the best action over the executed one; median."),
     (r"landscape/.+/out_of_board", "Mass beyond the border."),
     (r"landscape/.+/sample_gap", "NLL gained by twice the samples; above 0.05, draw more."),
-    (r"calib/.+", "Fitted scale of the Laplace noise, px."),
+    (r"calib/.+", "Fitted scale of the Laplace noise, in the unit of the axis."),
     (r"latent/active_units", "Dimensions of the latent that carry information."),
     (r"latent/.+/sigma_z_px", "Spread of the prediction over z, px."),
     (r"latent/.+/R_z", "Spread of the prediction over z, relative to the noise scale b."),
@@ -333,7 +447,10 @@ MEANINGS = (
     (r"attention/.+/concentration", "0 prefers no cell, 1 is a single cell."),
     (r"attention/.+/deletion_ratio", "Change when the map's top patches go, over random order."),
     (r"attention/.+/insertion_ratio", "Random order over the map's, patches coming in."),
-    (r"attention/.+/(deletion|insertion|random)_auc_px", "Area under the change of action, px."),
+    (
+        r"attention/.+/(deletion|insertion|random)_auc_[a-z]+",
+        "Area under the change of action, in the unit of the actions.",
+    ),
     (r"attention/.+/spearman_occlusion", "Rank correlation with occlusion, mean over frames."),
     (r"attention/.+/spearman_occlusion_frames", "Frames behind that correlation."),
     (r"attention/.+/lift_\w+_ceiling", "Largest lift that any map on these cells can have."),
@@ -345,10 +462,13 @@ MEANINGS = (
     (r"attention/.+/tv_counterfactual", "Total variation distance from taking objects away."),
     (r"attention/.+/ssim_randomised", "Similarity with maps of shuffled weights; near 1 is bad."),
     (r"attention/.+/completeness_error", "What integrated gradients leave unexplained."),
-    (r"counterfactual/effect_\w+_px", "Change of the action without the object, px."),
+    (r"counterfactual/effect_\w+_[a-z]+", "Change of the action without the object, in its unit."),
     (r"counterfactual/share_.+", "The object's share of all effects."),
     (r"counterfactual/sensitivity_.+", "Change of the action per px or degree of the pose."),
-    (r"counterfactual/rerender_px", "Change of the action between recorded and redrawn, px."),
+    (
+        r"counterfactual/rerender_[a-z]+",
+        "Change of the action between recorded and redrawn, in its unit.",
+    ),
     (r"(.+/)?fvu", "Squared errors over those around the mean; 0 is perfect."),
     (r"(.+/)?explained_variance", "1 minus FVU."),
     (r"(.+/)?l0", "Active latents of a vector."),
@@ -360,8 +480,11 @@ MEANINGS = (
     (r"(.+/)?dense_fraction_10", "Share of latents that fire on more than 10 % of the vectors."),
     (r"(.+/)?relative_bias", "Below 1 where codes shrink."),
     (r"features/action_score", "1 where actions stay the same on reconstructions."),
-    (r"features/sae_px", "How far actions move on reconstructions, px."),
-    (r"features/mean_px", "How far actions move on the mean activation, px."),
+    (r"features/sae_(?!l1)[a-z]+", "How far actions move on reconstructions, in their unit."),
+    (
+        r"features/mean_(?!l1|cosine)[a-z]+",
+        "How far actions move on the mean activation, in their unit.",
+    ),
     (r"features/(clean|sae|mean)_l1", "Error against demonstrated actions."),
     (r"features/(relative_)?dl1", "Error that reconstructions add."),
     (r"features/l1_recovered", "Share of the gap to mean-ablation that is recovered."),
@@ -418,7 +541,9 @@ def is_curve(metric: str) -> bool:
 
 def section(metric: str) -> str:
     """Return the key of the section that a name belongs to."""
-    return SECTION_OF_PREFIX.get(metric.partition("/")[0], "other")
+    prefix = metric.partition("/")[0]
+    # rollout_ensembled is rollouts, too.
+    return SECTION_OF_PREFIX.get(prefix) or SECTION_OF_PREFIX.get(prefix.split("_")[0], "other")
 
 
 def family(metric: str) -> tuple[str, str]:
