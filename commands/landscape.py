@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from landscapes.landscape import Landscape, Predictions
     from landscapes.methods import Method
     from landscapes.metrics import LandscapeMetrics
-    from landscapes.study import Calibration, Frames
+    from landscapes.space import ActionSpace, Plane
+    from landscapes.study import Calibration, Frames, Scales
     from policies.ensembling import ActionQueue, TemporalEnsembler
     from policies.interface import SamplingPolicyView
     from policies.loading import LoadedPolicy
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.json"
 N_CALIBRATION_EPISODES = 8
 N_LATENT_FRAMES = 64
+N_STRIP_FRAMES = 4
+"""Instants in a still picture of an episode."""
+N_PROJECTION_PX = 288
+"""Height of a camera's picture with actions on it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +67,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--action_resolution", type=int, default=128, metavar="N", help="cells along each axis"
+    )
+    parser.add_argument(
+        "--action_dims",
+        nargs=2,
+        action="append",
+        metavar="DIM",
+        help="two dimensions that a board is over, by number or name; may be given several times "
+        "(default for more than two: the two that vary most among the demonstrations)",
+    )
+    parser.add_argument(
+        "--slice",
+        choices=("marginal", "conditional"),
+        default="marginal",
+        help="the other dimensions of such a board: integrated out, or held at the policy's "
+        "prediction (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--marginals",
+        type=switch,
+        metavar="BOOL",
+        help="draw and measure every dimension by itself (default: true for more than two)",
+    )
+    parser.add_argument(
+        "--projection",
+        type=switch,
+        metavar="BOOL",
+        help="draw over each camera's picture where actions lead, if the task knows (default: true "
+        "for more than two dimensions)",
     )
     parser.add_argument(
         "--max_steps", type=int, metavar="N", help="frames to show; all if not given"
@@ -145,7 +178,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="demonstrated actions in the trace",
     )
     parser.add_argument(
-        "--videos", type=switch, default=True, metavar="BOOL", help="false: numbers and arrays only"
+        "--videos",
+        type=switch,
+        default=True,
+        metavar="BOOL",
+        help="false: still pictures, numbers and arrays only",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output_dir")
 
@@ -168,8 +205,22 @@ class Subject:
     """None when the data set has no other episode."""
     controller: "ActionQueue | TemporalEnsembler"
     """What would execute the policy's chunks."""
+    demonstrated: "torch.Tensor"
+    """Actions of all episodes, the same for every policy, that axes and planes are chosen by; of
+    the shown and calibration ones where there is nothing to choose."""
     task: "Task | None"
     """Simulator that may draw recorded states."""
+    space: "ActionSpace"
+    """Names and range of the action's dimensions."""
+    shown_space: "ActionSpace"
+    """The same dimensions over the range of the demonstrations, for pictures of single ones."""
+    planes: "tuple[Plane, ...]"
+    """What boards are over; empty where actions have two dimensions and none were chosen."""
+
+    @property
+    def is_planar(self) -> bool:
+        """Whether an action is a point of one board, so that there are no parts to look at."""
+        return not self.planes
 
 
 @dataclass(frozen=True)
@@ -178,9 +229,9 @@ class Episode:
 
     frames: "Frames"
     predictions: "Predictions"
-    scale: "torch.Tensor"
+    scales: "Scales"
     landscapes: "tuple[Landscape, ...]"
-    """One for each method."""
+    """One for each method, of each plane."""
     executed: "torch.Tensor"
     executed_age: "torch.Tensor | None"
     wall_s: float
@@ -222,6 +273,7 @@ def run(arguments: argparse.Namespace) -> int:
     measured = [_measure(subject, found[subject.label], arguments) for subject in subjects]
     _write_metrics(folder, subjects, measured, arguments)
     _print_tables(console, subjects, measured)
+    _print_choices(console, subjects, len(lengths), arguments)
     for subject in subjects:
         if subject.loaded.scaled_by_data:
             by = arguments.dataset_repo_id
@@ -235,6 +287,29 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("one episode: no intervals, and little said about others")
     console.print(f"written to {folder}", highlight=False)
     return 0
+
+
+def _print_choices(
+    console: Any, subjects: "Sequence[Subject]", n_episodes: int, arguments: argparse.Namespace
+) -> None:
+    """Say what was chosen where nothing was asked for: planes, and the range of the axes."""
+    said = []
+    for subject in subjects:
+        if subject.is_planar:
+            continue
+        prefix = f"{subject.label}: " if subject.label else ""
+        if arguments.action_dims is None:
+            said.append(
+                f"{prefix}boards over {subject.planes[0].name}: the two dimensions that vary most "
+                f"in all {n_episodes} episodes; choose with --action_dims"
+            )
+        if not subject.space.is_described:
+            said.append(
+                f"{prefix}axes hold the actions of all {n_episodes} episodes: no task describes "
+                "them; name one with --task"
+            )
+    for sentence in said:
+        console.print(sentence, highlight=False)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -310,6 +385,7 @@ def _open(arguments: argparse.Namespace, lengths: Mapping[int, int]) -> list[Sub
         arguments.stats_from_data,
     )
     subjects = []
+    demonstrated = None
     for policy, label in zip(loaded, _labels(arguments.policy_path), strict=True):
         view = policy.view
         if not isinstance(view, SamplingPolicyView):
@@ -320,8 +396,9 @@ def _open(arguments: argparse.Namespace, lengths: Mapping[int, int]) -> list[Sub
         methods = tuple(
             _build_method(name, coefficient, arguments) for name in arguments.scoring_method
         )
-        for method in methods:
-            method.check(view)
+        if view.data_schema.action_dim == 2 and arguments.action_dims is None:
+            for method in methods:
+                method.check(view)
         if arguments.n_ode_frames and kind_of(view) != "diffusion":
             raise ValueError(
                 f"--n_ode_frames {arguments.n_ode_frames}: {policy.source} is no Diffusion Policy; "
@@ -331,9 +408,11 @@ def _open(arguments: argparse.Namespace, lengths: Mapping[int, int]) -> list[Sub
         controller = controller_for(
             policy, arguments.temporal_ensemble_coeff, arguments.n_action_steps
         )
-        subjects.append(
-            _with_data(policy, view, label, methods, horizons, controller, lengths, arguments)
+        subject = _with_data(
+            policy, view, label, methods, horizons, controller, lengths, demonstrated, arguments
         )
+        demonstrated = subject.demonstrated
+        subjects.append(subject)
     return subjects
 
 
@@ -345,9 +424,17 @@ def _with_data(
     horizons: tuple[int, ...],
     controller: "ActionQueue | TemporalEnsembler",
     lengths: Mapping[int, int],
+    demonstrated: "torch.Tensor | None",
     arguments: argparse.Namespace,
 ) -> Subject:
+    from envs.projection import can_project
+
     task = task_for(arguments.task, view.data_schema)
+    if arguments.projection and not (view.data_schema.cameras and can_project(task)):
+        raise ValueError(
+            f"--projection true: {policy.source} has no camera, or --task {arguments.task} is not "
+            "what it was made for, or no environment that implements envs.task.ActionProjection"
+        )
     shown = arguments.episode_idx
     available = sorted(lengths)
     longest = max(lengths[number] for number in shown)
@@ -362,6 +449,20 @@ def _with_data(
     chosen = _calibration_episodes(arguments, available, held_out)
     data = open_demonstrations(arguments.dataset_repo_id, view, [*shown, *chosen])
     data.setup()
+    if demonstrated is None:
+        # PushT's board has no need of them, and what is not shown may not even be there.
+        is_board = view.data_schema.action_dim == 2 and not (
+            arguments.action_dims or arguments.marginals
+        )
+        demonstrated = (
+            data.store.columns["action"] if is_board else _all_actions(data, view, arguments)
+        )
+        demonstrated = demonstrated.double()
+    space = _space(task, demonstrated)
+    planes = _planes(space, demonstrated, arguments)
+    for method in methods:
+        for plane in planes:
+            method.check(view, plane)
     calibration = _calibration(view, data, chosen, methods, horizons, arguments)
     return Subject(
         label=label,
@@ -374,8 +475,59 @@ def _with_data(
         calibration_episodes=tuple(chosen),
         calibration=calibration,
         controller=controller,
+        demonstrated=demonstrated,
         task=task,
+        space=space,
+        shown_space=space.around(demonstrated.amin(0), demonstrated.amax(0)),
+        planes=planes,
     )
+
+
+def _all_actions(
+    data: "DemonstrationDataModule", view: "SamplingPolicyView", arguments: argparse.Namespace
+) -> "torch.Tensor":
+    """Demonstrated actions of the whole data set, without its pictures."""
+    import numpy as np
+    import torch
+
+    from datamodules.hdf5 import HDF5DataModule
+    from datamodules.opening import DataShape
+
+    if isinstance(data, HDF5DataModule):
+        columns = [episode.columns["action"] for episode in data.scan.episodes]
+        return torch.from_numpy(np.concatenate(columns))
+    tables = DataShape(replace(view.data_schema, cameras={}), view.chunk_size, view.n_obs_steps)
+    whole = open_demonstrations(arguments.dataset_repo_id, tables, progress=False)
+    whole.setup()
+    return whole.store.columns["action"]
+
+
+def _space(task: "Task | None", demonstrated: "torch.Tensor") -> "ActionSpace":
+    """Names and range of the action's dimensions, from the task or from the demonstrations."""
+    from envs.task import DescribedActions
+    from landscapes.space import ActionSpace
+
+    described = task.action_dimensions if isinstance(task, DescribedActions) else None
+    return ActionSpace.of(described, demonstrated.amin(0), demonstrated.amax(0))
+
+
+def _planes(
+    space: "ActionSpace", demonstrated: "torch.Tensor", arguments: argparse.Namespace
+) -> "tuple[Plane, ...]":
+    """What boards are over: as asked for, else the widest plane of more than two dimensions.
+
+    Raises:
+        ValueError: If there are no such dimensions, or nothing that a slice could hold.
+    """
+    is_conditional = arguments.slice == "conditional"
+    if len(space.axes) == 2 and is_conditional:
+        raise ValueError("--slice conditional: of two dimensions none is left to be held")
+    chosen = arguments.action_dims
+    if chosen is None:
+        if len(space.axes) == 2:
+            return ()
+        chosen = [space.widest(demonstrated.std(0))]
+    return space.planes(chosen, is_conditional)
 
 
 def _calibration(
@@ -505,13 +657,12 @@ def _study(subject: Subject, number: int, arguments: argparse.Namespace) -> Epis
     from datamodules.progress import progress_bar
     from landscapes.grid import Grid
     from landscapes.methods import Probe, queries_for
-    from landscapes.study import Frames, executed_along, kernel_scale, predict_frames
+    from landscapes.study import Frames, Scales, executed_along, predict_frames
 
-    view, calibration = subject.view, subject.calibration
+    view, calibration, space = subject.view, subject.calibration, subject.space
     frames = Frames.of_episode(subject.data.episode(number), max_steps=arguments.max_steps)
     frames = frames.to(device(arguments.device))
     batch = frames.batch
-    grid = Grid(arguments.action_resolution)
     began = time.perf_counter()
     title = f"Episode {number} {subject.label}".strip()
     with torch.no_grad(), progress_bar(title, len(batch), True) as advance:
@@ -525,15 +676,33 @@ def _study(subject: Subject, number: int, arguments: argparse.Namespace) -> Epis
             advance,
         )
         if arguments.kernel_scale is not None:
-            scale = torch.full_like(predictions.point[:1], arguments.kernel_scale)
+            given = torch.full_like(predictions.point[:1], arguments.kernel_scale)
+            scales = Scales.same(given, subject.planes)
         else:
             fitted_on = None if calibration is None else calibration.predictions
-            scale = kernel_scale(view, predictions, fitted_on)
-        probe = Probe(view, batch, predictions, scale, subject.horizons, grid)
-        landscapes = tuple(method.landscape(probe) for method in subject.methods)
+            scales = Scales.fit(view, predictions, fitted_on, space, subject.planes)
+        boards = [(plane, plane.grid(arguments.action_resolution)) for plane in subject.planes] or [
+            (None, Grid(arguments.action_resolution, *space.board))
+        ]
+        landscapes = tuple(
+            method.landscape(
+                Probe(
+                    view,
+                    batch,
+                    predictions,
+                    scales.joint,
+                    subject.horizons,
+                    grid,
+                    plane,
+                    scales.of_marginal(plane),
+                )
+            )
+            for plane, grid in boards
+            for method in subject.methods
+        )
         wall_s = time.perf_counter() - began
         executed, age = executed_along(view, batch, subject.controller, arguments.batch_size)
-    return Episode(frames, predictions, scale, landscapes, executed, age, wall_s)
+    return Episode(frames, predictions, scales, landscapes, executed, age, wall_s)
 
 
 def _write_episode(
@@ -543,11 +712,16 @@ def _write_episode(
     stem = f"episode_{number}"
     wanted = [_columns(subject, episode, landscape) for landscape in episode.landscapes]
     for landscape in episode.landscapes:
-        _write_arrays(folder / f"{stem}_landscapes_{landscape.method}.npz", episode, landscape)
+        path = folder / f"{stem}_landscapes_{_stem(landscape)}.npz"
+        _write_arrays(path, subject, episode, landscape)
     files: list[str] = []
     source = "none"
     if arguments.videos:
         source, files = _write_videos(folder, subject, episode, number, wanted, arguments)
+    if _is_wanted(arguments.marginals, subject):
+        files += _write_marginals(folder, subject, episode, number, arguments)
+    if _is_wanted(arguments.projection, subject):
+        files += _write_projection(folder, subject, episode, number, arguments)
     config = {
         **{key: value for key, value in vars(arguments).items() if key != "command"},
         "policy": str(subject.loaded.source),
@@ -555,7 +729,11 @@ def _write_episode(
         "episode": number,
         "n_frames": len(episode.frames.batch),
         "horizons": list(subject.horizons),
-        "kernel_scale_px": _scale_values(subject, episode),
+        "action_dimensions": [vars(axis) for axis in subject.space.axes],
+        "planes": [plane.name for plane in subject.planes],
+        "kernel_scale_px" if subject.is_planar else "kernel_scales": _scale_values(
+            subject, episode
+        ),
         "calibration_episodes": list(subject.calibration_episodes),
         "held_out": None if subject.held_out is None else number in subject.held_out,
         "environment": source,
@@ -563,7 +741,7 @@ def _write_episode(
         "wall_s": episode.wall_s,
         "frames_per_s": len(episode.frames.batch) / episode.wall_s,
         "scores": {
-            landscape.method: {
+            _stem(landscape): {
                 "unit": landscape.unit,
                 "value_range": list(landscape.value_range),
                 "min": float(landscape.scores.min()),
@@ -575,6 +753,20 @@ def _write_episode(
     (folder / f"{stem}_config.json").write_text(json.dumps(config, indent=1) + "\n")
     # The middle horizon: the action of now is a small blob next to any agent.
     return [columns[len(columns) // 2] for columns in wanted]
+
+
+def _stem(landscape: "Landscape") -> str:
+    """Tells the landscapes of an episode apart in names of files."""
+    plane = landscape.plane
+    if plane is None:
+        return landscape.method
+    kind = "_conditional" if plane.is_conditional else ""
+    return f"{landscape.method}_{plane.name}{kind}"
+
+
+def _is_wanted(given: bool | None, subject: Subject) -> bool:
+    """A switch whose default depends on the actions."""
+    return not subject.is_planar if given is None else given
 
 
 def _columns(subject: Subject, episode: Episode, landscape: "Landscape") -> "list[Column]":
@@ -614,17 +806,106 @@ def _write_videos(
     environment = episode_pictures(task, batch, height)
     written = [write_video(folder / f"episode_{number}_environment.mp4", environment, fps)]
     for columns in wanted:
-        method = columns[0].landscape.method
+        stem = _stem(columns[0].landscape)
         beside = episode_pictures(task, batch, board_px(height))
         for kind, pictures in (("heatmaps", None), ("combined", beside)):
             frames = (
                 side_by_side(scene, height, colormap)
                 for scene in scenes(columns, batch, pictures, overlay)
             )
-            path = folder / f"episode_{number}_{kind}_{method}.mp4"
+            path = folder / f"episode_{number}_{kind}_{stem}.mp4"
             written.append(write_video(path, frames, fps))
     source = "simulator" if can_replay(task, batch) else "recorded"
     return source, [path.name for path in written]
+
+
+def _write_marginals(
+    folder: Path, subject: Subject, episode: Episode, number: int, arguments: argparse.Namespace
+) -> list[str]:
+    """Write the density of every dimension: arrays, along the episode, and instant by instant."""
+    import numpy as np
+
+    from landscapes.marginals import marginals
+    from rendering.marginals import marginal_history, marginal_panels, panel_frames
+    from rendering.picture import write_png
+    from rendering.video import write_video
+
+    predictions, horizons = episode.predictions, subject.horizons
+    found = marginals(predictions, episode.scales.single, subject.shown_space, horizons)
+    frame_index = episode.frames.batch.frame_index.cpu().numpy()
+    executed = episode.executed.double().cpu().numpy()
+    stem = f"episode_{number}_marginals"
+    written = [folder / f"{stem}.npz"]
+    np.savez_compressed(
+        written[0],
+        mass=found.mass.numpy().astype(np.float16),
+        thresholds=found.thresholds.numpy().astype(np.float16),
+        levels=np.array(found.levels),
+        horizons=np.array(found.queries),
+        names=np.array(found.space.names),
+        units=np.array([axis.unit for axis in found.space.axes]),
+        low=np.array([axis.low for axis in found.space.axes]),
+        high=np.array([axis.high for axis in found.space.axes]),
+        frame_index=frame_index,
+    )
+    title = f"{subject.label}  episode {number}".strip()
+    for k in horizons:
+        along = marginal_history(
+            found, predictions, k, frame_index, f"{title}  k = {k}", colormap=arguments.colormap
+        )
+        written.append(write_png(folder / f"{stem}_along_k{k}.png", along))
+    # The middle frame, now and at the middle horizon, as in a comparison.
+    k, middle = horizons[len(horizons) // 2], len(frame_index) // 2
+    for shown in sorted({k, *({0} & {*horizons})}):
+        now = executed[middle] if shown == 0 else None
+        instant = f"{title}  step {frame_index[middle]}  k = {shown}"
+        panels = marginal_panels(found, predictions, middle, shown, instant, now)
+        written.append(write_png(folder / f"{stem}_k{shown}.png", panels))
+    if arguments.videos:
+        frames = panel_frames(found, predictions, k, frame_index, executed)
+        fps = subject.data.fps or 10.0
+        written.append(write_video(folder / f"{stem}_k{k}.mp4", frames, fps))
+    return [path.name for path in written]
+
+
+def _write_projection(
+    folder: Path, subject: Subject, episode: Episode, number: int, arguments: argparse.Namespace
+) -> list[str]:
+    """Write where actions lead in what the cameras saw; nothing where no task can say."""
+    import torch
+
+    from envs.projection import can_project, project_along
+    from envs.replay import recorded_pictures
+    from landscapes.projection import actions_to_project
+    from rendering.picture import write_png
+    from rendering.projection import camera_views, projection_frame, projection_strip
+    from rendering.video import write_video
+
+    task, batch = subject.task, episode.frames.batch
+    images = batch.observation.images
+    if task is None or not images or not can_project(task):
+        return []
+    sizes = {
+        camera: (N_PROJECTION_PX, round(N_PROJECTION_PX * each.shape[-1] / each.shape[-2]))
+        for camera, each in images.items()
+    }
+    predictions = episode.predictions
+    k = subject.horizons[len(subject.horizons) // 2]
+    titles = [f"step {step}" for step in batch.frame_index.tolist()]
+    actions = actions_to_project(predictions, episode.scales.joint, k, arguments.seed)
+    found = project_along(task, batch, actions, sizes)
+    pictures = {camera: recorded_pictures(batch.observation, camera) for camera in images}
+    views = list(
+        camera_views(pictures, found.px, found.end_effectors, predictions, k, titles, sizes)
+    )
+    rows = torch.linspace(0, len(views) - 1, min(N_STRIP_FRAMES, len(views))).long().tolist()
+    stem = folder / f"episode_{number}_projection"
+    strip = projection_strip([views[row] for row in rows])
+    written = [write_png(stem.with_suffix(".png"), strip)]
+    if arguments.videos:
+        frames = (projection_frame(each) for each in views)
+        written.append(write_video(stem.with_suffix(".mp4"), frames, subject.data.fps or 10.0))
+    return [path.name for path in written]
 
 
 def _write_comparison(
@@ -660,18 +941,30 @@ def _overlay(arguments: argparse.Namespace):
     )
 
 
-def _scale_values(subject: Subject, episode: Episode) -> dict[str, list[float]]:
-    """Mean kernel scale at each horizon, along each axis."""
+def _scale_values(
+    subject: Subject, episode: Episode
+) -> dict[str, list[float]] | dict[str, dict[str, list[float]]]:
+    """Mean kernel scale at each horizon along each axis; of each part, where there are parts."""
     queries = episode.predictions.queries
-    scale = episode.scale.mean(0)
-    return {f"k{k}": scale[queries.index(k)].tolist() for k in subject.horizons}
+
+    def means(scale: "torch.Tensor") -> dict[str, list[float]]:
+        along = scale.mean(0)
+        return {f"k{k}": along[queries.index(k)].tolist() for k in subject.horizons}
+
+    scales = episode.scales
+    if subject.is_planar:
+        return means(scales.joint)
+    of_planes = {name: means(each) for name, each in scales.planes.items()}
+    return {"joint": means(scales.joint), "single": means(scales.single), **of_planes}
 
 
-def _write_arrays(path: Path, episode: Episode, landscape: "Landscape") -> None:
+def _write_arrays(path: Path, subject: Subject, episode: Episode, landscape: "Landscape") -> None:
     """Write what a picture can be drawn from again, without the policy."""
     import numpy as np
 
     predictions = episode.predictions.at(landscape.queries)
+    space, plane = subject.space, landscape.plane
+    is_conditional = plane is not None and plane.is_conditional
     np.savez_compressed(
         path,
         scores=landscape.scores.numpy().astype(np.float16),
@@ -689,6 +982,10 @@ def _write_arrays(path: Path, episode: Episode, landscape: "Landscape") -> None:
         is_valid=predictions.is_valid.cpu().numpy(),
         executed=episode.executed.cpu().numpy().astype(np.float32),
         frame_index=episode.frames.batch.frame_index.cpu().numpy(),
+        dims=np.array((0, 1) if plane is None else plane.dims),
+        names=np.array(space.names),
+        units=np.array([axis.unit for axis in space.axes]),
+        slice=np.array("conditional" if is_conditional else "marginal"),
     )
 
 
@@ -697,6 +994,9 @@ class Measured:
     """Numbers of one policy, over all episodes."""
 
     metrics: "LandscapeMetrics"
+    parts: "dict[str, LandscapeMetrics]"
+    """Of single dimensions and of planes, by their names; empty where an action is a point of one
+    board."""
     trust: dict[str, float]
     """Use of the latent, and whether there were enough samples."""
     reading: list[str]
@@ -707,25 +1007,45 @@ def _measure(
 ) -> Measured:
     import torch
 
+    from landscapes.density import smallest_scale
     from landscapes.grid import Grid
     from landscapes.landscape import Predictions
-    from landscapes.study import Frames, latent_numbers, measure_frames, sample_gap
+    from landscapes.study import (
+        Frames,
+        Scales,
+        latent_numbers,
+        measure_frames,
+        measure_parts,
+        sample_gap,
+    )
     from policies.act import ACTPolicy
 
     predictions = Predictions.concatenate([episode.predictions for episode in episodes])
-    scale = torch.cat([each.scale.expand(len(each.frames), -1, -1) for each in episodes])
-    frames = Frames.concatenate([episode.frames for episode in episodes])
-    metrics = measure_frames(
-        predictions,
-        scale,
-        frames,
-        subject.horizons,
-        Grid(arguments.action_resolution),
-        subject.calibration,
-        arguments.seed,
+    scales = Scales.concatenate(
+        [each.scales for each in episodes], [len(each.frames) for each in episodes]
     )
+    frames = Frames.concatenate([episode.frames for episode in episodes])
+    space, horizons, resolution = subject.space, subject.horizons, arguments.action_resolution
+    box = Grid(resolution, *space.board) if len(space.axes) == 2 else space
+    metrics = measure_frames(
+        predictions, scales.joint, frames, horizons, box, subject.calibration, arguments.seed
+    )
+    parts = {}
+    if not subject.is_planar:
+        parts = measure_parts(
+            predictions,
+            scales,
+            frames,
+            horizons,
+            space,
+            subject.planes,
+            resolution,
+            subject.calibration,
+            arguments.seed,
+            single=_is_wanted(arguments.marginals, subject),
+        )
     places = [predictions.queries.index(horizon) for horizon in subject.horizons]
-    shown, scale = predictions.at(subject.horizons), scale[:, places]
+    shown, scale = predictions.at(subject.horizons), scales.joint[:, places]
     trust, use = sample_gap(shown, scale), None
     if isinstance(subject.view, ACTPolicy) and subject.view.network.posterior is not None:
         rows = torch.linspace(0, len(frames) - 1, min(N_LATENT_FRAMES, len(frames))).long()
@@ -736,11 +1056,12 @@ def _measure(
             scale.mean(0),
             arguments.n_evidence_frames,
             arguments.seed,
+            smallest_scale(space.size, scale.device),
         )
         trust |= values
     if arguments.n_ode_frames:
         trust |= _ode_numbers(subject, frames, arguments)
-    return Measured(metrics, trust, metrics.reading(use))
+    return Measured(metrics, parts, trust, metrics.reading(use))
 
 
 def _ode_numbers(
@@ -774,6 +1095,8 @@ def _write_metrics(
     """Write numbers of all policies, over all episodes and for each."""
     import numpy as np
 
+    from landscapes.metrics import part_intervals, part_summary
+
     rows = []
     for subject, each in zip(subjects, measured, strict=True):
         metrics = each.metrics
@@ -784,8 +1107,11 @@ def _write_metrics(
                 "episodes": list(arguments.episode_idx),
                 "n_frames": len(metrics.episode_index),
                 "calibration_episodes": list(subject.calibration_episodes),
-                "summary": metrics.summary(),
-                "intervals": {key: list(ends) for key, ends in metrics.intervals().items()},
+                "summary": metrics.summary() | part_summary(each.parts),
+                "intervals": {
+                    key: list(ends)
+                    for key, ends in (metrics.intervals() | part_intervals(each.parts)).items()
+                },
                 "baselines": {
                     f"k{k}/nll_{name}": float(np.nanmean(nll[:, place]))
                     for place, k in enumerate(metrics.queries)
@@ -815,30 +1141,55 @@ TABLE_COLUMNS = {
 
 
 def _print_tables(console: Any, subjects: Sequence[Subject], measured: Sequence[Measured]) -> None:
+    for subject, each in zip(subjects, measured, strict=True):
+        summary = each.metrics.summary()
+        title = f"{subject.label}  density of the demonstrated action, k steps ahead".strip()
+        rows = {str(k): _row(summary, f"k{k}/") for k in subject.horizons}
+        # Lengths of several units, some of them far below one.
+        formats = dict(TABLE_COLUMNS) if subject.is_planar else {**TABLE_COLUMNS, "energy": ".2g"}
+        _print_table(console, title, "k", rows, formats)
+        if each.parts:
+            # The middle horizon, as in a comparison; the others stand in metrics.json.
+            k = subject.horizons[len(subject.horizons) // 2]
+            title = f"{subject.label}  each dimension and plane, k = {k}".strip()
+            # Two names below each other leave room for the numbers.
+            rows = {
+                name.replace("-", "-\n"): _row(part.summary(), f"k{k}/")
+                for name, part in each.parts.items()
+            }
+            # For planes only, and there is no room.
+            del formats["hdr80_px2"], formats["modes_mean"]
+            _print_table(console, title, "dimension", rows, formats)
+        for sentence in each.reading:
+            console.print(sentence, highlight=False)
+
+
+def _row(summary: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Numbers of one chunk step, by their own names."""
+    return {
+        key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)
+    }
+
+
+def _print_table(
+    console: Any,
+    title: str,
+    head: str,
+    rows: Mapping[str, Mapping[str, float]],
+    formats: Mapping[str, str],
+) -> None:
+    """Print what is known of each row."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    for subject, each in zip(subjects, measured, strict=True):
-        # Narrow enough for numbers to stay whole on 80 columns.
-        table = Table(
-            title=f"{subject.label}  density of the demonstrated action, k steps ahead".strip(),
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        table.add_column("k", justify="right", no_wrap=True)
-        for name in TABLE_COLUMNS:
-            table.add_column(name.replace("_", " "), justify="right", min_width=6)
-        summary = each.metrics.summary()
-        for horizon in subject.horizons:
-            cells = [summary.get(f"k{horizon}/{name}") for name in TABLE_COLUMNS]
-            if any(cell is not None for cell in cells):
-                table.add_row(
-                    str(horizon),
-                    *(
-                        "" if cell is None else f"{cell:{form}}"
-                        for cell, form in zip(cells, TABLE_COLUMNS.values(), strict=True)
-                    ),
-                )
-        console.print(table)
-        for sentence in each.reading:
-            console.print(sentence, highlight=False)
+    # Narrow enough for numbers to stay whole on 80 columns.
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(head, justify="right", no_wrap=True)
+    known = [name for name in formats if any(name in row for row in rows.values())]
+    for name in known:
+        table.add_column(name.replace("_", " "), justify="right", min_width=6)
+    for label, row in rows.items():
+        if row:
+            cells = [f"{row[name]:{formats[name]}}" if name in row else "" for name in known]
+            table.add_row(label, *cells)
+    console.print(table)

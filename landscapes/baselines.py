@@ -8,15 +8,16 @@ policies do not see.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from landscapes.density import MIN_SCALE, laplace_log_density
+from landscapes.density import laplace_log_density, smallest_scale
 from landscapes.grid import Grid
+from landscapes.space import ActionSpace
 from policies.interface import Batch
 
 UNIFORM, MARGINAL, AGENT, PREVIOUS, LINEAR = BASELINES = (
@@ -43,6 +44,17 @@ class BaselineFrames:
     """Where the agent is observed to be; None when states are not positions like the actions."""
     previous: Float[Tensor, "frame 2 action"] | None = None
     """Demonstrated actions two and one steps ago, NaN where the episode had not begun."""
+
+    def dimensions(self, dims: Sequence[int]) -> "BaselineFrames":
+        """Only some of the action's dimensions."""
+        chosen = list(dims)
+        agent, previous = self.agent, self.previous
+        return replace(
+            self,
+            expert=self.expert[..., chosen],
+            agent=None if agent is None else agent[..., chosen],
+            previous=None if previous is None else previous[..., chosen],
+        )
 
     @classmethod
     def of(
@@ -93,14 +105,16 @@ class Baselines:
         }
 
 
-def baselines(calibration: BaselineFrames, frames: BaselineFrames, grid: Grid) -> Baselines:
+def baselines(
+    calibration: BaselineFrames, frames: BaselineFrames, grid: Grid | ActionSpace
+) -> Baselines:
     """Fit the baselines on calibration frames and score the demonstrations of other frames.
 
-    ``uniform`` is the density of the board; it is not cut off there, so that an action beyond the
-    border costs what one on the board does. ``agent`` needs an observed position,
-    ``previous_action`` and ``linear`` the two actions before. ``linear`` is ``2 a_{t-1} - a_{t-2}``
-    for every chunk step: further along the line is worse from k = 8 on (human PushT: 11.4 against
-    11.0 nats at k = 8, 14.2 against 12.4 at k = 32).
+    ``uniform`` is the density of the board, or of the box of all dimensions; it is not cut off
+    there, so that an action beyond the border costs what one on the board does. ``agent`` needs an
+    observed position, ``previous_action`` and ``linear`` the two actions before. ``linear`` is
+    ``2 a_{t-1} - a_{t-2}`` for every chunk step: further along the line is worse from k = 8 on
+    (human PushT: 11.4 against 11.0 nats at k = 8, 14.2 against 12.4 at k = 32).
 
     Raises:
         ValueError: If a baseline has no calibration frame at some chunk step, or the two sets of
@@ -121,7 +135,7 @@ def baselines(calibration: BaselineFrames, frames: BaselineFrames, grid: Grid) -
     nll = {UNIFORM: uniform.masked_fill(~frames.is_valid.cpu(), math.nan).numpy()}
     scale = {}
     for name, centre in fitted.items():
-        b = _fit(name, calibration, centre)
+        b = _fit(name, calibration, centre, smallest_scale(grid.size, centre.device))
         log_density = laplace_log_density(frames.expert.double(), scored[name], b)
         nll[name] = (-log_density).masked_fill(~frames.is_valid, math.nan).cpu().numpy()
         scale[name] = b.cpu().numpy()
@@ -144,7 +158,10 @@ def _centres(
 
 
 def _fit(
-    name: str, frames: BaselineFrames, centres: Float[Tensor, "frame query action"]
+    name: str,
+    frames: BaselineFrames,
+    centres: Float[Tensor, "frame query action"],
+    min_scale: Float[Tensor, " action"],
 ) -> Float[Tensor, "query action"]:
     """Scale of maximum likelihood: the mean absolute distance."""
     usable = frames.is_valid & centres.isfinite().all(-1)
@@ -156,4 +173,4 @@ def _fit(
         )
     residual = (frames.expert.double() - centres).abs()
     total = torch.where(usable[..., None], residual, 0.0).sum(0)
-    return (total / counts[:, None]).clamp_min(MIN_SCALE)
+    return (total / counts[:, None]).clamp_min(min_scale)

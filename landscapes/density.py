@@ -11,7 +11,7 @@ whatever precision the network ran in.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -22,6 +22,8 @@ from landscapes.grid import Grid
 
 MIN_SCALE = 0.5
 """Smallest scale b of a kernel, in px: a mixture may not put infinite density on one pixel."""
+MIN_SHARE = MIN_SCALE / 512
+"""The same as a share of an axis, PushT's being 512 px long."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Mixture:
         cost does not depend on N^2 K. What lies outside the board is left out, not renormalised.
 
         Raises:
-            ValueError: If actions are not two-dimensional.
+            ValueError: If actions are not two-dimensional: take a :meth:`marginal` first.
         """
         if self.centres.shape[-1] != 2:
             raise ValueError(
@@ -100,6 +102,28 @@ class Mixture:
         # Inverse CDF; the distance from 1/2 keeps both tails exact.
         distance = uniform - 0.5
         return centres - scale * distance.sign() * torch.log1p(-2 * distance.abs())
+
+    def marginal(self, dims: Sequence[int]) -> "Mixture":
+        """The exact density of some dimensions: kernels are products, so the others drop out."""
+        chosen = list(dims)
+        return Mixture(self.centres[..., chosen], self.scale[..., chosen], self.log_weights)
+
+    def conditional(self, dims: Sequence[int], held: Float[Tensor, "*batch action"]) -> "Mixture":
+        """The exact density of some dimensions once the others are known.
+
+        ``p(a_I | a_J) = sum_j w_j' Lap(a_I; mu_jI, b_I)`` with
+        ``w_j' = softmax_j(log w_j + log Lap(a_J; mu_jJ, b_J))``.
+
+        Args:
+            dims: I.
+            held: Whole actions, of which the other dimensions J count.
+        """
+        others = [dim for dim in range(self.centres.shape[-1]) if dim not in dims]
+        log_kernel = laplace_log_density(
+            held.double()[..., None, others], self.centres[..., others], self.scale[..., others]
+        )
+        weights = torch.log_softmax(self._log_weights() + log_kernel, dim=-1)
+        return replace(self.marginal(dims), log_weights=weights)
 
     def select(self, index: int | slice | Sequence[int]) -> "Mixture":
         """Mixtures of some leading indices."""
@@ -144,12 +168,24 @@ def laplace_interval_mass(
     return torch.where(right <= 0, below, torch.where(left >= 0, above, across))
 
 
+def smallest_scale(
+    size: Sequence[float], device: torch.device | str | None = None
+) -> Float[Tensor, " action"]:
+    """Floor of b for each dimension: its axis' share of ``MIN_SHARE`` (PushT: 0.5 px), float64.
+
+    Args:
+        size: Length of each axis, data units.
+        device: Of the result.
+    """
+    return MIN_SHARE * torch.tensor(list(size), dtype=torch.float64, device=device)
+
+
 def fit_scale(
     centres: Float[Tensor, "frame sample query action"],
     expert: Float[Tensor, "frame query action"],
     is_valid: Bool[Tensor, "frame query"],
     n_iterations: int = 20,
-    min_scale: float = MIN_SCALE,
+    min_scale: float | Float[Tensor, " action"] = MIN_SCALE,
 ) -> Float[Tensor, "query action"]:
     """Fit b for each chunk step and dimension by expectation maximisation.
 
@@ -162,7 +198,7 @@ def fit_scale(
         expert: Demonstrated actions there.
         is_valid: False where the demonstration is padded.
         n_iterations: Steps of EM.
-        min_scale: Floor of b, data units.
+        min_scale: Floor of b, data units; of every dimension, or for each.
 
     Raises:
         ValueError: If a chunk step has no valid frame.
@@ -185,7 +221,7 @@ def fit_scale(
 def fit_bandwidth(
     samples: Float[Tensor, "*batch sample action"],
     n_iterations: int = 20,
-    min_scale: float = MIN_SCALE,
+    min_scale: float | Float[Tensor, " action"] = MIN_SCALE,
 ) -> Float[Tensor, "*batch action"]:
     """Bandwidth of a kernel estimate per dimension by leave-one-out maximum likelihood.
 

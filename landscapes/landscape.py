@@ -11,6 +11,7 @@ from torch import Tensor
 from landscapes.density import Mixture
 from landscapes.grid import Grid
 from landscapes.regions import CREDIBLE_LEVELS
+from landscapes.space import Plane
 from policies.act import ACTPolicy, prior_latents
 from policies.interface import Batch, SamplingPolicyView
 
@@ -50,6 +51,16 @@ class Predictions:
             self.point[:, places],
             self.expert[:, places],
             self.is_valid[:, places],
+        )
+
+    def dimensions(self, dims: Sequence[int]) -> "Predictions":
+        """Only some of the action's dimensions."""
+        chosen = list(dims)
+        return replace(
+            self,
+            samples=self.samples[..., chosen],
+            point=self.point[..., chosen],
+            expert=self.expert[..., chosen],
         )
 
     @classmethod
@@ -150,3 +161,5 @@ class Landscape:
     """Cell mass at the border of the credible regions of :attr:`levels`."""
     levels: tuple[float, ...] = CREDIBLE_LEVELS
     """Mass of each credible region."""
+    plane: Plane | None = None
+    """The two dimensions that the board is over; None where actions have no others."""

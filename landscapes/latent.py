@@ -118,6 +118,7 @@ def evidence(
     scale: Float[Tensor, "query action"],
     n_samples: int = 64,
     seed: int = 0,
+    min_scale: float | Float[Tensor, " action"] = MIN_SCALE,
 ) -> Evidence:
     """Estimate log p(chunk | o) of demonstrated chunks by importance sampling from the posterior.
 
@@ -133,6 +134,7 @@ def evidence(
         scale: Laplace scale b of the landscapes at the queries.
         n_samples: S.
         seed: Of the posterior's samples.
+        min_scale: Floor of the joint density's scale, data units.
 
     Raises:
         ValueError: If the policy was built without a latent.
@@ -154,7 +156,7 @@ def evidence(
     chunks = policy.decode_latents(batch.observation, latents).double()
     valid = is_valid[..., None].double()
     residual = ((expert[:, None] - chunks).abs().mean(1) * valid).sum(0)
-    joint_scale = (residual / valid.sum(0).clamp_min(1)).clamp_min(MIN_SCALE)
+    joint_scale = (residual / valid.sum(0).clamp_min(1)).clamp_min(min_scale)
     log_steps = laplace_log_density(expert[:, None], chunks, joint_scale)
     log_joint = (log_steps * is_valid[:, None]).sum(-1) + log_ratio
     columns, log_s = list(queries), math.log(n_samples)

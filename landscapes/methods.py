@@ -19,6 +19,7 @@ from landscapes.diffusion import noise_prediction_scores
 from landscapes.grid import Grid
 from landscapes.landscape import Landscape, Predictions
 from landscapes.regions import CREDIBLE_LEVELS, credible_thresholds, mass_below
+from landscapes.space import Plane
 from policies.act import ACTPolicy
 from policies.interface import Batch, Observation, SamplingPolicyView
 from policies.lerobot_view import LeRobotPolicyView
@@ -45,19 +46,54 @@ class Probe:
     horizons: tuple[int, ...]
     """Chunk steps to show."""
     grid: Grid
+    plane: Plane | None = None
+    """Dimensions that the board is over; None where actions have no others."""
+    plane_scale: Float[Tensor, "#frame query 2"] | None = None
+    """Scale b of the kernels over the board's dimensions alone, for their marginal; that of whole
+    actions when None."""
 
     def shown(self) -> Predictions:
-        """The predictions at the horizons."""
-        return self.predictions.at(self.horizons)
+        """The predictions at the horizons, in the dimensions of the board."""
+        at_horizons = self.predictions.at(self.horizons)
+        return at_horizons if self.plane is None else at_horizons.dimensions(self.plane.dims)
 
     def shown_scale(self) -> Float[Tensor, "#frame query action"]:
-        """The scale at the horizons."""
+        """The scale at the horizons, in the dimensions of the board."""
         places = [self.predictions.queries.index(query) for query in self.horizons]
-        return self.scale[:, places]
+        scale = self.density_scale()[:, places]
+        return scale if self.plane is None else scale[..., list(self.plane.dims)]
 
-    def mixture(self) -> Mixture:
-        """The density p(a_k | o) of every frame and horizon."""
-        return self.shown().mixture(self.shown_scale())
+    def density_scale(self) -> Float[Tensor, "#frame query action"]:
+        """The scale of the density over the board: its own in its dimensions, if it has one."""
+        if self.plane is None or self.plane_scale is None:
+            return self.scale
+        scale = self.scale.clone()
+        scale[..., list(self.plane.dims)] = self.plane_scale
+        return scale
+
+    def mixture(self, log_weights: Float[Tensor, "frame query sample"] | None = None) -> Mixture:
+        """The density of every frame and horizon over the board.
+
+        Args:
+            log_weights: Of the samples; equal ones when None, which is p(a_k | o).
+        """
+        whole = replace(self, scale=self.density_scale(), plane=None)
+        predictions = whole.shown()
+        mixture = predictions.mixture(whole.shown_scale())
+        return self.cut(replace(mixture, log_weights=log_weights), predictions.point)
+
+    def cut(self, mixture: Mixture, held: Float[Tensor, "*batch action"]) -> Mixture:
+        """Cut a density over whole actions down to the board.
+
+        Args:
+            mixture: Over all dimensions.
+            held: The action whose other dimensions a conditional slice holds.
+        """
+        if self.plane is None:
+            return mixture
+        if self.plane.is_conditional:
+            return mixture.conditional(self.plane.dims, held)
+        return mixture.marginal(self.plane.dims)
 
 
 class Method(ABC):
@@ -68,17 +104,36 @@ class Method(ABC):
     value_range: ClassVar[tuple[float, float]] = DISPLAY_RANGE_NATS
     needs_whole_chunk: ClassVar[bool] = False
     """Whether predictions must hold every step of the chunk."""
+    has_planes: ClassVar[bool] = True
+    """Whether it can score two of more dimensions: not where a candidate is a whole action."""
+    is_density: ClassVar[bool] = False
+    """Whether scores follow from :meth:`density`, so that they have a conditional slice."""
 
-    def check(self, view: SamplingPolicyView) -> None:
-        """Refuse a policy that this method cannot score.
+    def check(self, view: SamplingPolicyView, plane: Plane | None = None) -> None:
+        """Refuse a policy or a plane that this method cannot score.
+
+        Args:
+            view: The policy.
+            plane: Dimensions that the board is to be over; None for both of two.
 
         Raises:
             ValueError: Saying which method, which policy and what to use instead.
         """
-        if view.data_schema.action_dim != 2:
+        n_dims = view.data_schema.action_dim
+        if n_dims != 2 and plane is None:
             raise ValueError(
                 f"scoring_method {self.name}: a board has 2 dimensions, the policy's actions have "
-                f"{view.data_schema.action_dim}"
+                f"{n_dims}: choose two"
+            )
+        if plane is not None and not self.has_planes:
+            raise ValueError(
+                f"scoring_method {self.name}: scores whole actions and has no boards over two of "
+                f"{n_dims} dimensions; choose likelihood"
+            )
+        if plane is not None and plane.is_conditional and not self.is_density:
+            raise ValueError(
+                f"scoring_method {self.name}: is no density, so nothing can be held; choose "
+                "--slice marginal"
             )
 
     @abstractmethod
@@ -104,23 +159,43 @@ class Method(ABC):
         Raises:
             ValueError: If the policy cannot answer this method, or predictions lack chunk steps.
         """
-        self.check(probe.view)
+        self.check(probe.view, probe.plane)
         if self.needs_whole_chunk and len(probe.predictions.queries) < probe.view.chunk_size:
             raise ValueError(
                 f"scoring_method {self.name}: needs predictions of all {probe.view.chunk_size} "
                 f"chunk steps, given: {list(probe.predictions.queries)}"
             )
         mass = self.mass(probe)
+        unit, value_range = self.colour_scale(probe.plane)
         return Landscape(
             method=self.name,
-            unit=self.unit,
-            value_range=self.value_range,
+            unit=unit,
+            value_range=value_range,
             grid=probe.grid,
             queries=probe.horizons,
             scores=self.scores(probe, mass).float().cpu(),
             mass=mass.float().cpu(),
             thresholds=credible_thresholds(mass, CREDIBLE_LEVELS).float().cpu(),
+            plane=probe.plane,
         )
+
+    def colour_scale(self, plane: Plane | None) -> tuple[str, tuple[float, float]]:
+        """Unit of the scores, and those at the ends of the colour map."""
+        return self.unit, self.value_range
+
+
+class Length(Method):
+    """A method whose scores are lengths in the unit of the axes, from the longer axis to 0."""
+
+    value_range = (-512.0, 0.0)
+
+    def colour_scale(self, plane: Plane | None) -> tuple[str, tuple[float, float]]:
+        """In the unit that both axes share."""
+        if plane is None:
+            return self.unit, self.value_range
+        unit = f", {plane.x.unit}" if plane.x.unit == plane.y.unit != "" else ""
+        longest = max(plane.grid(1).size)
+        return self.unit.removesuffix(", px") + unit, (-longest, 0.0)
 
 
 class Likelihood(Method):
@@ -128,6 +203,7 @@ class Likelihood(Method):
 
     name = "likelihood"
     unit = "nats above uniform"
+    is_density = True
 
     def scores(self, probe: Probe, mass: Scores) -> Scores:
         """Log of the mean density over each cell, above the uniform density."""
@@ -139,9 +215,9 @@ class LikelihoodZ0(Likelihood):
 
     name = "likelihood_z0"
 
-    def check(self, view: SamplingPolicyView) -> None:
+    def check(self, view: SamplingPolicyView, plane: Plane | None = None) -> None:
         """Only ACT is executed at z = 0."""
-        super().check(view)
+        super().check(view, plane)
         _require_act(self.name, view)
 
     def density(self, probe: Probe) -> Mixture:
@@ -156,13 +232,14 @@ class Confidence(Method):
     name = "confidence"
     unit = "mass of less likely actions"
     value_range = (0.0, 1.0)
+    is_density = True
 
     def scores(self, probe: Probe, mass: Scores) -> Scores:
         """One minus the level of the highest-density region at each cell."""
         return mass_below(mass)
 
 
-class L1Loss(Method):
+class L1Loss(Length):
     """``-E_z |a - f_k(o, z)|_1``, the training loss of one chunk step, per cell.
 
     With one sample this is ``b * likelihood_z0`` plus a constant: a pyramid.
@@ -170,7 +247,6 @@ class L1Loss(Method):
 
     name = "l1_loss"
     unit = "-L1 distance, px"
-    value_range = (-512.0, 0.0)
 
     def scores(self, probe: Probe, mass: Scores) -> Scores:
         """Separable: a mean distance along x plus one along y."""
@@ -188,12 +264,11 @@ class L1Loss(Method):
         return -(y[..., :, None] + x[..., None, :])
 
 
-class Distance(Method):
+class Distance(Length):
     """``-|a - a*|_2`` from one action: ACT's at z = 0, another policy's from fixed noise."""
 
     name = "distance"
     unit = "-distance, px"
-    value_range = (-512.0, 0.0)
 
     def scores(self, probe: Probe, mass: Scores) -> Scores:
         """Negative distance in data units."""
@@ -204,12 +279,11 @@ class Distance(Method):
         return -_mean_distance(shown.samples[:, :1], probe.grid)
 
 
-class Energy(Method):
+class Energy(Length):
     """``-E_j |a - a_j|_2``: mean distance to the policy's samples; no bandwidth enters."""
 
     name = "energy"
     unit = "-mean distance, px"
-    value_range = (-512.0, 0.0)
 
     def scores(self, probe: Probe, mass: Scores) -> Scores:
         """Negative mean distance in data units."""
@@ -236,19 +310,22 @@ class Belief(Likelihood):
             ValueError: If the frames are not consecutive steps of one episode.
         """
         _require_consecutive(self.name, probe.batch)
-        scale = probe.scale.expand(len(probe.batch), -1, -1)
+        scale = probe.density_scale().expand(len(probe.batch), -1, -1)
         steps = torch.arange(scale.shape[1], device=scale.device)
 
         def mass(frame: int, horizon: int) -> Tensor:
             # A chunk has the scale of the frame that it was predicted at.
             predicted_at = (frame + horizon - steps).clamp(0, len(scale) - 1)
-            return ensemble_belief(
+            belief = ensemble_belief(
                 probe.predictions.samples,
                 scale[predicted_at, steps],
                 self.temporal_ensemble_coeff,
                 frame,
                 horizon,
-            ).cell_mass(probe.grid)
+            )
+            # The whole chunk is there: a horizon is its own place.
+            held = probe.predictions.point[frame, horizon]
+            return probe.cut(belief, held).cell_mass(probe.grid)
 
         return torch.stack(
             [
@@ -283,8 +360,7 @@ class Committed(Likelihood):
                     probe.predictions.samples, probe.scale, chunk, counted, self.temperature
                 )
             )
-        mixture = probe.mixture()
-        return Mixture(mixture.centres, mixture.scale, torch.stack(weights, dim=1))
+        return probe.mixture(torch.stack(weights, dim=1))
 
     def continuation(self, predictions: Predictions) -> tuple[Tensor, Tensor]:
         """The known chunk, and which of its steps count."""
@@ -317,15 +393,16 @@ class Reconstruction(Method):
     name = "recon"
     unit = "-reconstruction L1, px"
     value_range = (-64.0, 0.0)
+    has_planes = False
 
     def __init__(self, resolution: int = 16, decay: float = 0.9, batch_size: int = 256):
         self.resolution = resolution
         self.decay = decay
         self.batch_size = batch_size
 
-    def check(self, view: SamplingPolicyView) -> None:
+    def check(self, view: SamplingPolicyView, plane: Plane | None = None) -> None:
         """Only ACT trained as a CVAE has a posterior."""
-        super().check(view)
+        super().check(view, plane)
         if _require_act(self.name, view).network.posterior is None:
             raise ValueError(
                 f"scoring_method {self.name}: this ACT was trained without a latent; choose "
@@ -370,6 +447,7 @@ class NoisePrediction(Method):
     name = "noise_pred"
     unit = "ELBO slice, nats below best"
     value_range = (-50.0, 0.0)
+    has_planes = False
 
     def __init__(
         self, resolution: int = 16, n_draws: int = 8, seed: int = 0, batch_size: int = 256
@@ -379,9 +457,9 @@ class NoisePrediction(Method):
         self.seed = seed
         self.batch_size = batch_size
 
-    def check(self, view: SamplingPolicyView) -> None:
+    def check(self, view: SamplingPolicyView, plane: Plane | None = None) -> None:
         """Only Diffusion Policy predicts noise."""
-        super().check(view)
+        super().check(view, plane)
         kind = kind_of(view)
         if kind != "diffusion":
             raise ValueError(

@@ -2,11 +2,14 @@
 
 Everything is computed per frame and chunk step, float64 and in data units (PushT: px). Frames of
 one episode resemble each other, so every interval resamples whole episodes.
+
+Actions of any number of dimensions are measured (:func:`measure`), whole or part by part
+(:func:`measure_parts`): single dimensions and planes of two, whose densities are exact marginals.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,13 +23,44 @@ from landscapes.grid import Grid
 from landscapes.landscape import Predictions
 from landscapes.latent import COLLAPSE_KL_NATS, LatentUse
 from landscapes.regions import modes, region_area
+from landscapes.space import ActionSpace
 
 N_DRAWS = 2000
 """Actions drawn from each density, for its entropy and for the level of the expert's action."""
 DRAWS_AT_ONCE = 500
 """Draws whose distances to all samples are held together: a matter of speed alone."""
-FROZEN_SCALE = 10.0
-"""Scale b of the NLL that does not drift with calibration, data units (PushT: px)."""
+FROZEN_SHARE = 10 / 512
+"""Scale b of the NLL that does not drift with calibration, as a share of the board's or the axis'
+length (PushT: 10 px)."""
+ON_A_BOARD = frozenset(
+    (
+        "area_rank",
+        "hdr50_px2",
+        "hdr80_px2",
+        "effective_area_px2",
+        "modes",
+        "out_of_board",
+        "area_rank_med",
+        "modes_mean",
+        "multimodal_frac",
+    )
+)
+"""What is known of two dimensions only."""
+AT_THE_PEAK = frozenset(("dist_mean_argmax", "dist_executed_argmax", "regret", "regret_med"))
+"""What is known of one or two dimensions only: the densest action has no closed form in more."""
+PART_NUMBERS = (
+    "nll",
+    "skill_vs_agent",
+    "energy",
+    "c50",
+    "c80",
+    "c95",
+    "ks",
+    "modes_mean",
+    "multimodal_frac",
+    "out_of_board",
+)
+"""What is reported of single dimensions and planes, where it is known."""
 
 NEGLIGIBLE_NATS = 0.05
 """Differences below this are none: a Laplace kernel blurred by 0.2 b gains 0.04 nats."""
@@ -55,7 +89,8 @@ class LandscapeMetrics:
     """What the landscapes of some frames are worth, for each frame and chunk step.
 
     What needs the demonstrated action is NaN where the demonstration has ended; all summaries leave
-    those frames out.
+    those frames out. What actions of this many dimensions do not have is NaN throughout, and gives
+    no key (:data:`ON_A_BOARD`, :data:`AT_THE_PEAK`).
     """
 
     queries: tuple[int, ...]
@@ -67,7 +102,8 @@ class LandscapeMetrics:
     is_valid: Bool[np.ndarray, "frame query"]
     """False where the demonstration has ended before that step."""
     log_area: float
-    """Log of the board's area: NLL of the uniform density, nats."""
+    """Log of the area of the board, or of the volume of the box that actions lie in: NLL of the
+    uniform density, nats."""
     scale: Float[np.ndarray, "query action"]
     """Laplace scale b of the kernels, mean over frames, data units."""
     baselines: Mapping[str, Column]
@@ -77,10 +113,11 @@ class LandscapeMetrics:
     nll_z0: Column
     """The same for one kernel at the executed action."""
     nll_frozen: Column
-    """The same for the mixture with b = ``FROZEN_SCALE``."""
+    """The same for the mixture with b at ``FROZEN_SHARE`` of the axes."""
     energy: Column
     """``E|A - a*| - E|A - A'| / 2`` of the raw samples (Gneiting and Raftery 2007), data units:
-    strictly proper and free of a bandwidth, so that it compares policies of different kinds."""
+    strictly proper and free of a bandwidth, so that it compares policies of different kinds. In
+    one dimension it is the CRPS."""
     hpd_level: Column
     """u, mass of the actions that are denser than the demonstrated one: uniform in 0..1 when the
     density is calibrated; near 1 the demonstration is a surprise."""
@@ -138,18 +175,28 @@ class LandscapeMetrics:
         }
 
     def intervals(
-        self, n_bootstrap: int = 1000, level: float = 0.95, seed: int = 0
+        self,
+        n_bootstrap: int = 1000,
+        level: float = 0.95,
+        seed: int = 0,
+        names: Sequence[str] | None = None,
     ) -> dict[str, tuple[float, float]]:
         """Percentile bootstrap intervals of :meth:`summary`, whole episodes resampled.
 
         A chunk step that only one episode reaches gives no key: one episode says nothing about
         others. Resampling adds some distance to ``ks``; its interval leans upwards.
+
+        Args:
+            n_bootstrap: Resamples.
+            level: Of the intervals.
+            seed: Of the resamples.
+            names: Of the quantities; all when None.
         """
         values = {}
         for place, query in enumerate(self.queries):
             weights = self._resample(place, n_bootstrap, seed)
             if weights is not None:
-                for name, resampled in self._statistics(place, weights).items():
+                for name, resampled in self._statistics(place, weights, names).items():
                     values[f"k{query}/{name}"] = _interval(resampled, level)
         return values
 
@@ -242,7 +289,7 @@ class LandscapeMetrics:
             evidence += f", KL {latent.kl_nats:.3f} nats, R_z {ratio:.2f}"
         if is_collapsed:
             found.append(f"collapse: all samples agree within the noise b ({evidence}).")
-        share = values["multimodal_frac"]
+        share = values.get("multimodal_frac", 0.0)
         if share > MULTIMODAL_SHARE:
             evidence = (
                 f"{share:.0%} of frames have several modes, excess entropy {excess:.2f} nats, "
@@ -255,6 +302,7 @@ class LandscapeMetrics:
                 found.append(
                     f"decorative modes: they hardly help to explain demonstrations ({evidence})."
                 )
+        # NaN, where it is not known, is not large.
         regret = self.regret[self.is_valid[:, place], place]
         between = float((regret > BETWEEN_MODES_NATS).mean())
         if between > MULTIMODAL_SHARE:
@@ -313,12 +361,22 @@ class LandscapeMetrics:
         }
         if AGENT in self.baselines:
             columns["skill_vs_agent"] = self.baselines[AGENT] - self.nll
-        return columns
+        return {name: values for name, values in columns.items() if name not in self._unknown()}
+
+    def _unknown(self) -> frozenset[str]:
+        """Names of what actions of this many dimensions do not have."""
+        n_dims = self.scale.shape[-1]
+        if n_dims == 2:
+            return frozenset()
+        return ON_A_BOARD if n_dims == 1 else ON_A_BOARD | AT_THE_PEAK
 
     def _statistics(
-        self, place: int, weights: Float[np.ndarray, "resample frame"]
+        self,
+        place: int,
+        weights: Float[np.ndarray, "resample frame"],
+        names: Sequence[str] | None = None,
     ) -> dict[str, Float[np.ndarray, " resample"]]:
-        """Every summary of one chunk step for several weightings of the frames.
+        """Summaries of one chunk step for several weightings of the frames; all, or some names.
 
         Empty when no frame is valid; a weighting without any valid frame is the caller's mistake.
         """
@@ -332,26 +390,34 @@ class LandscapeMetrics:
         def mean(values: Float[np.ndarray, " frame"]) -> Float[np.ndarray, " resample"]:
             return weights @ values / total
 
+        def median(values: Float[np.ndarray, " frame"]) -> Float[np.ndarray, " resample"]:
+            return _weighted_median(values, weights)
+
         level = columns["hpd_level"]
-        statistics = {"nll": mean(columns["nll"])}
-        if "skill_vs_agent" in columns:
-            statistics["skill_vs_agent"] = mean(columns["skill_vs_agent"])
-        return statistics | {
-            "energy": mean(columns["energy"]),
-            "c50": mean((level <= 0.5).astype(float)),
-            "c80": mean((level <= 0.8).astype(float)),
-            "c95": mean((level <= 0.95).astype(float)),
-            "ks": _weighted_ks(level, weights),
-            "area_rank_med": _weighted_median(columns["area_rank"], weights),
-            "excess_entropy": mean(columns["excess_entropy"]),
-            "hdr80_px2": mean(columns["hdr80_px2"]),
-            "modes_mean": mean(columns["modes"]),
-            "multimodal_frac": mean((columns["modes"] >= 2).astype(float)),
-            "regret_med": _weighted_median(columns["regret"], weights),
-            "out_of_board": mean(columns["out_of_board"]),
-            "nll_frozen": mean(columns["nll_frozen"]),
-            "nll_z0": mean(columns["nll_z0"]),
-            "z_value": mean(columns["z_value"]),
+        found = {
+            "nll": lambda: mean(columns["nll"]),
+            "skill_vs_agent": lambda: mean(columns["skill_vs_agent"]),
+            "energy": lambda: mean(columns["energy"]),
+            "c50": lambda: mean((level <= 0.5).astype(float)),
+            "c80": lambda: mean((level <= 0.8).astype(float)),
+            "c95": lambda: mean((level <= 0.95).astype(float)),
+            "ks": lambda: _weighted_ks(level, weights),
+            "area_rank_med": lambda: median(columns["area_rank"]),
+            "excess_entropy": lambda: mean(columns["excess_entropy"]),
+            "hdr80_px2": lambda: mean(columns["hdr80_px2"]),
+            "modes_mean": lambda: mean(columns["modes"]),
+            "multimodal_frac": lambda: mean((columns["modes"] >= 2).astype(float)),
+            "regret_med": lambda: median(columns["regret"]),
+            "out_of_board": lambda: mean(columns["out_of_board"]),
+            "nll_frozen": lambda: mean(columns["nll_frozen"]),
+            "nll_z0": lambda: mean(columns["nll_z0"]),
+            "z_value": lambda: mean(columns["z_value"]),
+        }
+        left_out = self._unknown() | (set() if AGENT in self.baselines else {"skill_vs_agent"})
+        return {
+            name: compute()
+            for name, compute in found.items()
+            if name not in left_out and (names is None or name in names)
         }
 
     def _resample(
@@ -366,6 +432,30 @@ class LandscapeMetrics:
         counts = generator.multinomial(len(reached), uniform, size=n_bootstrap)
         belongs = self.episode_index == reached[:, None]
         return (counts @ belongs).astype(float)
+
+
+def part_summary(parts: Mapping[str, LandscapeMetrics]) -> dict[str, float]:
+    """What is reported of single dimensions and planes, as ``k{query}/{part}/{name}``."""
+    return {
+        _part_key(part, key): value
+        for part, metrics in parts.items()
+        for key, value in metrics.summary().items()
+        if key.split("/")[1] in PART_NUMBERS
+    }
+
+
+def part_intervals(parts: Mapping[str, LandscapeMetrics]) -> dict[str, tuple[float, float]]:
+    """Bootstrap intervals of :func:`part_summary`, whole episodes resampled."""
+    return {
+        _part_key(part, key): ends
+        for part, metrics in parts.items()
+        for key, ends in metrics.intervals(names=PART_NUMBERS).items()
+    }
+
+
+def _part_key(part: str, key: str) -> str:
+    query, name = key.split("/")
+    return f"{query}/{part}/{name}"
 
 
 @dataclass(frozen=True)
@@ -431,7 +521,7 @@ def paired_difference(
 def measure(
     predictions: Predictions,
     scale: Float[Tensor, "#frame query action"],
-    grid: Grid,
+    grid: Grid | ActionSpace,
     episode_index: Int[Tensor, " frame"],
     frame_index: Int[Tensor, " frame"],
     baselines: Baselines | None = None,
@@ -444,9 +534,9 @@ def measure(
     frame it is, not on the frames around it: two checkpoints are compared on equal draws.
 
     Args:
-        predictions: Samples, executed actions and demonstrations; two action dimensions.
+        predictions: Samples, executed actions and demonstrations.
         scale: Laplace scale b of the kernels, as for :meth:`Predictions.mixture`.
-        grid: The board.
+        grid: The board of two dimensions; else the box that actions lie in.
         episode_index: Number of each frame's episode.
         frame_index: Step of each frame within its episode.
         baselines: On the same frames and queries; no ``skill_vs_agent`` without.
@@ -454,12 +544,114 @@ def measure(
         seed: Of the draws.
 
     Raises:
-        ValueError: If there are no frames, predictions or scales are not finite, actions are not
-            two-dimensional, or the baselines were computed at other queries or frames.
+        ValueError: If there are no frames, predictions or scales are not finite, actions have other
+            dimensions than the board or the box, or the baselines were computed at other queries or
+            frames.
     """
-    n_frames = len(predictions.point)
-    _check(predictions, scale, baselines)
-    scale = scale.double().expand(n_frames, -1, -1)
+    _check(predictions, scale, grid, baselines)
+    frozen = FROZEN_SHARE * torch.tensor(grid.size, dtype=torch.float64)
+    columns = _measure_frames(
+        predictions,
+        scale,
+        frozen.expand(len(predictions.queries), -1),
+        grid if isinstance(grid, Grid) else None,
+        episode_index,
+        frame_index,
+        n_draws,
+        seed,
+    )
+    return LandscapeMetrics(
+        queries=predictions.queries,
+        episode_index=episode_index.cpu().numpy(),
+        frame_index=frame_index.cpu().numpy(),
+        is_valid=predictions.is_valid.cpu().numpy(),
+        log_area=-grid.log_uniform,
+        scale=scale.double().expand(len(predictions.point), -1, -1).mean(0).cpu().numpy(),
+        baselines={} if baselines is None else baselines.nll,
+        **columns,
+    )
+
+
+def measure_dimensions(
+    predictions: Predictions,
+    scale: Float[Tensor, "#frame query action"],
+    space: ActionSpace,
+    episode_index: Int[Tensor, " frame"],
+    frame_index: Int[Tensor, " frame"],
+    baselines: Mapping[str, Baselines] | None = None,
+    n_draws: int = N_DRAWS,
+    seed: int = 0,
+) -> dict[str, LandscapeMetrics]:
+    """Measure the exact marginal density of every single dimension, in one pass.
+
+    Args:
+        predictions: Samples, executed actions and demonstrations.
+        scale: Laplace scale b of the kernels.
+        space: Names of the dimensions and the box that actions lie in.
+        episode_index: Number of each frame's episode.
+        frame_index: Step of each frame within its episode.
+        baselines: Of each dimension by its name; no ``skill_vs_agent`` without.
+        n_draws: Values drawn from each density.
+        seed: Of the draws.
+
+    Returns:
+        Name of a dimension to its metrics.
+
+    Raises:
+        ValueError: As :func:`measure`.
+    """
+    _check(predictions, scale, space, None)
+    n_dims = len(space.axes)
+    # A dimension of a chunk step is measured like a chunk step of one dimension.
+    flat = replace(
+        predictions,
+        queries=tuple(range(n_dims * len(predictions.queries))),
+        samples=rearrange(
+            predictions.samples, "frame sample query action -> frame sample (query action) 1"
+        ),
+        point=rearrange(predictions.point, "frame query action -> frame (query action) 1"),
+        expert=rearrange(predictions.expert, "frame query action -> frame (query action) 1"),
+        is_valid=predictions.is_valid.repeat_interleave(n_dims, dim=1),
+    )
+    frozen = FROZEN_SHARE * torch.tensor(space.size, dtype=torch.float64)
+    columns = _measure_frames(
+        flat,
+        rearrange(scale, "frame query action -> frame (query action) 1"),
+        frozen.repeat(len(predictions.queries))[:, None],
+        None,
+        episode_index,
+        frame_index,
+        n_draws,
+        seed,
+    )
+    mean_scale = scale.double().mean(0).cpu().numpy()
+    return {
+        axis.name: LandscapeMetrics(
+            queries=predictions.queries,
+            episode_index=episode_index.cpu().numpy(),
+            frame_index=frame_index.cpu().numpy(),
+            is_valid=predictions.is_valid.cpu().numpy(),
+            log_area=math.log(axis.high - axis.low),
+            scale=mean_scale[:, dim : dim + 1],
+            baselines={} if baselines is None else baselines[axis.name].nll,
+            **{name: values[:, dim::n_dims] for name, values in columns.items()},
+        )
+        for dim, axis in enumerate(space.axes)
+    }
+
+
+def _measure_frames(
+    predictions: Predictions,
+    scale: Float[Tensor, "#frame query action"],
+    frozen: Float[Tensor, "query action"],
+    grid: Grid | None,
+    episode_index: Int[Tensor, " frame"],
+    frame_index: Int[Tensor, " frame"],
+    n_draws: int,
+    seed: int,
+) -> dict[str, Column]:
+    """Everything about the densities of all frames, by the names of LandscapeMetrics."""
+    scale = scale.double().expand(len(predictions.point), -1, -1)
     device = predictions.samples.device
     measured = []
     for frame, (episode, step) in enumerate(
@@ -475,6 +667,7 @@ def measure(
                 predictions.point[frame].double(),
                 predictions.expert[frame].double(),
                 scale[frame],
+                frozen.to(device),
                 grid,
                 n_draws,
                 generator,
@@ -487,16 +680,7 @@ def measure(
     is_valid = predictions.is_valid.cpu().numpy()
     for name in ("nll", "nll_z0", "nll_frozen", "energy", "hpd_level", "area_rank"):
         columns[name] = np.where(is_valid, columns[name], np.nan)
-    return LandscapeMetrics(
-        queries=predictions.queries,
-        episode_index=episode_index.cpu().numpy(),
-        frame_index=frame_index.cpu().numpy(),
-        is_valid=is_valid,
-        log_area=-grid.log_uniform,
-        scale=scale.mean(0).cpu().numpy(),
-        baselines={} if baselines is None else baselines.nll,
-        **columns,
-    )
+    return columns
 
 
 def area_rank(
@@ -528,22 +712,29 @@ def energy_score(
 
 
 def densest(
-    centres: Float[Tensor, "*batch sample 2"], scale: Float[Tensor, "*batch 2"]
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch 2"]]:
+    centres: Float[Tensor, "*batch sample action"], scale: Float[Tensor, "*batch action"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch action"]]:
     """Find the highest log density of an equally weighted Laplace mixture, and where it is. Exact.
+
+    For one dimension or two.
 
     Along each axis the density is a sum of ``exp(-|.|)``, convex between neighbouring centres, so
     that the maximum lies where the x of one centre meets the y of another: not always on a centre,
     and never elsewhere. Costs K^3.
     """
-    n_samples = centres.shape[-2]
-    x, y = (
+    n_samples, n_dims = centres.shape[-2:]
+    kernels = [
         torch.exp(
             -(centres[..., :, None, axis] - centres[..., None, :, axis]).abs()
             / scale[..., axis, None, None]
         )
-        for axis in (0, 1)
-    )
+        for axis in range(n_dims)
+    ]
+    if n_dims == 1:
+        density, place = kernels[0].sum(-1).max(-1)
+        log_density = density.log() - math.log(n_samples) - torch.log(2 * scale).sum(-1)
+        return log_density, centres.gather(-2, place[..., None, None])[..., 0, :]
+    x, y = kernels
     density, place = (y @ x.transpose(-1, -2)).flatten(-2).max(-1)
     corner = torch.stack(
         [
@@ -560,37 +751,72 @@ def _measure_frame(
     executed: Float[Tensor, "query action"],
     expert: Float[Tensor, "query action"],
     scale: Float[Tensor, "query action"],
-    grid: Grid,
+    frozen_scale: Float[Tensor, "query action"],
+    grid: Grid | None,
     n_draws: int,
     generator: torch.Generator,
 ) -> dict[str, Float[Tensor, " query"] | Int[Tensor, " query"]]:
     """Everything about the densities of one frame, by the names of LandscapeMetrics."""
     mixture = Mixture(samples, scale[:, None])
-    frozen = Mixture(samples, torch.full_like(scale, FROZEN_SCALE)[:, None])
+    frozen = Mixture(samples, frozen_scale[:, None])
     at_expert, at_executed = mixture.log_density(torch.stack([expert, executed], dim=1)).unbind(1)
     at_draws, excess = _at_draws(samples, scale, mixture.sample(n_draws, generator))
     kernel_entropy = (1 + torch.log(2 * scale)).sum(-1)
-    highest, argmax = densest(samples, scale)
-    mass = mixture.cell_mass(grid)
-    # Narrower kernels than a cell would count as modes of their own.
-    wide = torch.maximum(scale, scale.new_tensor(grid.cell_size))
-    smooth = mass if torch.equal(wide, scale) else Mixture(samples, wide[:, None]).cell_mass(grid)
-    return {
+    measured = {
         "nll": -at_expert,
         "nll_z0": -laplace_log_density(expert, executed, scale),
         "nll_frozen": -frozen.log_density(expert[:, None])[:, 0],
         "energy": energy_score(samples, expert),
         "hpd_level": (at_draws > at_expert[:, None]).double().mean(-1),
-        "area_rank": area_rank(mass, expert, grid),
         "entropy": kernel_entropy + excess,
         "excess_entropy": excess,
-        "hdr50_px2": region_area(mass, 0.5, grid),
-        "hdr80_px2": region_area(mass, 0.8, grid),
-        "modes": modes(smooth).count,
+    }
+    unknown = torch.full_like(at_expert, math.nan)
+    return (
+        measured
+        | _at_the_peak(samples, executed, scale, at_executed, unknown)
+        | _on_a_board(mixture, expert, grid, unknown)
+    )
+
+
+def _at_the_peak(
+    samples: Float[Tensor, "query sample action"],
+    executed: Float[Tensor, "query action"],
+    scale: Float[Tensor, "query action"],
+    at_executed: Float[Tensor, " query"],
+    unknown: Float[Tensor, " query"],
+) -> dict[str, Float[Tensor, " query"]]:
+    """How far from the densest action the policy acts; unknown in more than two dimensions."""
+    if samples.shape[-1] > 2:
+        return dict.fromkeys(("dist_mean_argmax", "dist_executed_argmax", "regret"), unknown)
+    highest, argmax = densest(samples, scale)
+    return {
         "dist_mean_argmax": (samples.mean(1) - argmax).norm(dim=-1),
         "dist_executed_argmax": (executed - argmax).norm(dim=-1),
         # Not below zero where the executed action is the densest one.
         "regret": (highest - at_executed).clamp_min(0),
+    }
+
+
+def _on_a_board(
+    mixture: Mixture,
+    expert: Float[Tensor, "query action"],
+    grid: Grid | None,
+    unknown: Float[Tensor, " query"],
+) -> dict[str, Float[Tensor, " query"] | Int[Tensor, " query"]]:
+    """What the cells of a board tell; unknown where there is none."""
+    if grid is None:
+        names = ("area_rank", "hdr50_px2", "hdr80_px2", "modes", "out_of_board")
+        return dict.fromkeys(names, unknown)
+    mass, scale = mixture.cell_mass(grid), mixture.scale
+    # Narrower kernels than a cell would count as modes of their own.
+    wide = torch.maximum(scale, scale.new_tensor(grid.cell_size))
+    smooth = mass if torch.equal(wide, scale) else replace(mixture, scale=wide).cell_mass(grid)
+    return {
+        "area_rank": area_rank(mass, expert, grid),
+        "hdr50_px2": region_area(mass, 0.5, grid),
+        "hdr80_px2": region_area(mass, 0.8, grid),
+        "modes": modes(smooth).count,
         "out_of_board": (1 - mass.sum((-1, -2))).clamp_min(0),
     }
 
@@ -611,9 +837,11 @@ def _at_draws(
     scaled_draws = rearrange(draws / scale[:, None], "query draw action -> action query 1 draw")
     totals, divergences = [], []
     # In pieces that stay in the cache, with the draws innermost: five times as fast as at once.
-    for x, y in zip(*(line.split(DRAWS_AT_ONCE, dim=-1) for line in scaled_draws), strict=True):
-        distance = (x - scaled_samples[:, :, 0]).abs_()
-        distance += (y - scaled_samples[:, :, 1]).abs_()
+    pieces = zip(*(line.split(DRAWS_AT_ONCE, dim=-1) for line in scaled_draws), strict=True)
+    for first, *others in pieces:
+        distance = (first - scaled_samples[:, :, 0]).abs_()
+        for dim, other in enumerate(others, 1):
+            distance += (other - scaled_samples[:, :, dim]).abs_()
         # No shift before exp: a draw is never far, in units of b, from the kernel it came from.
         kernels = torch.exp(-distance)
         total = kernels.sum(1)
@@ -629,13 +857,18 @@ def _at_draws(
 def _check(
     predictions: Predictions,
     scale: Float[Tensor, "#frame query action"],
+    grid: Grid | ActionSpace,
     baselines: Baselines | None,
 ) -> None:
     shape = predictions.point.shape
     if not shape[0]:
         raise ValueError("there are no frames to measure")
-    if shape[-1] != 2:
-        raise ValueError(f"a board has 2 dimensions, the actions have {shape[-1]}: choose two")
+    if shape[-1] != len(grid.size):
+        kind = "board" if isinstance(grid, Grid) else "box"
+        raise ValueError(
+            f"a {kind} has {len(grid.size)} dimensions, the actions have {shape[-1]}: choose "
+            f"{len(grid.size)} of them, or give the space of all"
+        )
     for name, tensor in (
         ("samples", predictions.samples),
         ("executed actions", predictions.point),

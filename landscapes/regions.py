@@ -59,6 +59,22 @@ def credible_thresholds(
     return ordered.gather(-1, place)
 
 
+def total_thresholds(
+    mass: Float[Tensor, "*batch row column"], levels: Sequence[float] = CREDIBLE_LEVELS
+) -> Float[Tensor, "*batch level"]:
+    """The same for levels that are shares of all mass, also of what lies off the board.
+
+    Infinite where the board holds less than the level: no cell then belongs to the region.
+    """
+    *batch, rows, columns = mass.shape
+    ordered = mass.reshape(*batch, rows * columns).sort(dim=-1, descending=True).values
+    held = torch.cumsum(ordered, dim=-1)
+    wanted = mass.new_tensor(list(levels)).expand(*batch, len(levels)).contiguous()
+    place = torch.searchsorted(held, wanted)
+    found = ordered.gather(-1, place.clamp_max(ordered.shape[-1] - 1))
+    return torch.where(place < ordered.shape[-1], found, torch.inf)
+
+
 def region_area(
     mass: Float[Tensor, "*batch row column"], level: float, grid: Grid
 ) -> Float[Tensor, "*batch"]:

@@ -1,18 +1,19 @@
 """From a policy and frames to densities: predict in bounded memory, calibrate, see what runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from landscapes.baselines import BaselineFrames, baselines
-from landscapes.density import fit_bandwidth, fit_scale
+from landscapes.baselines import BaselineFrames, Baselines, baselines
+from landscapes.density import MIN_SCALE, fit_bandwidth, fit_scale, smallest_scale
 from landscapes.grid import Grid
 from landscapes.landscape import HORIZONS, Predictions, predict
 from landscapes.latent import LatentUse, evidence, latent_use
-from landscapes.metrics import N_DRAWS, LandscapeMetrics, measure
+from landscapes.metrics import N_DRAWS, LandscapeMetrics, measure, measure_dimensions
+from landscapes.space import ActionSpace, Plane
 from policies.act import ACTPolicy
 from policies.ensembling import ActionQueue, TemporalEnsembler
 from policies.interface import Batch, SamplingPolicyView
@@ -140,7 +141,10 @@ def is_calibrated(view: SamplingPolicyView) -> bool:
 
 
 def kernel_scale(
-    view: SamplingPolicyView, predictions: Predictions, calibration: Predictions | None
+    view: SamplingPolicyView,
+    predictions: Predictions,
+    calibration: Predictions | None,
+    min_scale: float | Float[Tensor, " action"] = MIN_SCALE,
 ) -> Float[Tensor, "#frame query action"]:
     """Scale b of the kernels for :meth:`Predictions.mixture`.
 
@@ -150,6 +154,7 @@ def kernel_scale(
         calibration: Predictions on other episodes, at the same queries. Given, b is fitted there
             by expectation maximisation, one for each query and dimension. None: leave-one-out
             bandwidths, one for each frame, query and dimension.
+        min_scale: Floor of b, data units; of every dimension, or for each.
 
     Raises:
         ValueError: If the policy needs calibration frames and there are none, or they were asked
@@ -161,11 +166,101 @@ def kernel_scale(
                 f"calibration is of chunk steps {list(calibration.queries)}, the predictions of "
                 f"{list(predictions.queries)}"
             )
-        scale = fit_scale(calibration.samples, calibration.expert, calibration.is_valid)
+        scale = fit_scale(
+            calibration.samples, calibration.expert, calibration.is_valid, min_scale=min_scale
+        )
         return scale[None]
     if is_calibrated(view):
         raise ValueError("ACT's landscapes need calibration episodes: give at least one")
-    return fit_bandwidth(predictions.samples.transpose(1, 2))
+    return fit_bandwidth(predictions.samples.transpose(1, 2), min_scale=min_scale)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Laplace scale b of the kernels, each fitted on what it is for.
+
+    The scale that explains whole actions best is too wide for a part of them: where no sample is
+    near in all dimensions at once, it has to bridge what lies between.
+    """
+
+    joint: Float[Tensor, "#frame query action"]
+    """Of whole actions."""
+    single: Float[Tensor, "#frame query action"]
+    """Of every dimension by itself."""
+    planes: Mapping[str, Float[Tensor, "#frame query 2"]]
+    """Of boards over two of the dimensions, by the name of the plane."""
+
+    @classmethod
+    def fit(
+        cls,
+        view: SamplingPolicyView,
+        predictions: Predictions,
+        calibration: Predictions | None,
+        space: ActionSpace,
+        planes: Sequence[Plane] = (),
+    ) -> "Scales":
+        """Fit all of them as :func:`kernel_scale` does.
+
+        Args:
+            view: Whose predictions they are.
+            predictions: To be turned into densities.
+            calibration: Predictions on other episodes, or None.
+            space: Of whole actions.
+            planes: The boards; without any, actions have no parts to look at, and the joint scale
+                stands for every dimension.
+
+        Raises:
+            ValueError: As :func:`kernel_scale`.
+        """
+        floor = smallest_scale(space.size, predictions.samples.device)
+
+        def fitted(dims: Sequence[int]) -> Float[Tensor, "#frame query part"]:
+            known = None if calibration is None else calibration.dimensions(dims)
+            return kernel_scale(view, predictions.dimensions(dims), known, floor[list(dims)])
+
+        joint = kernel_scale(view, predictions, calibration, floor)
+        if not planes:
+            return cls(joint, joint, {})
+        single = torch.cat([fitted([dim]) for dim in range(len(space.axes))], dim=-1)
+        return cls(joint, single, {plane.name: fitted(plane.dims) for plane in planes})
+
+    @classmethod
+    def same(cls, scale: Float[Tensor, "#frame query action"], planes: Sequence[Plane]) -> "Scales":
+        """One scale for all, where it is given."""
+        return cls(scale, scale, {plane.name: scale[..., list(plane.dims)] for plane in planes})
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Scales]", n_frames: Sequence[int]) -> "Scales":
+        """Join those of several groups of frames.
+
+        Args:
+            parts: Of each group.
+            n_frames: Its frames.
+        """
+
+        def joined(each: Sequence[Tensor]) -> Tensor:
+            whole = zip(each, n_frames, strict=True)
+            return torch.cat([scale.expand(length, -1, -1) for scale, length in whole])
+
+        return cls(
+            joined([part.joint for part in parts]),
+            joined([part.single for part in parts]),
+            {name: joined([part.planes[name] for part in parts]) for name in parts[0].planes},
+        )
+
+    def at(self, places: Sequence[int]) -> "Scales":
+        """Only those of some of the predictions' queries.
+
+        Args:
+            places: Of the queries.
+        """
+        chosen = list(places)
+        planes = {name: scale[:, chosen] for name, scale in self.planes.items()}
+        return Scales(self.joint[:, chosen], self.single[:, chosen], planes)
+
+    def of_marginal(self, plane: Plane | None) -> Float[Tensor, "#frame query 2"] | None:
+        """For the board over a plane; None for one that needs whole actions."""
+        return None if plane is None or plane.is_conditional else self.planes[plane.name]
 
 
 def measure_frames(
@@ -173,7 +268,7 @@ def measure_frames(
     scale: Float[Tensor, "#frame query action"],
     frames: Frames,
     horizons: Sequence[int],
-    grid: Grid,
+    grid: Grid | ActionSpace,
     calibration: Calibration | None = None,
     seed: int = 0,
     n_draws: int = N_DRAWS,
@@ -185,29 +280,111 @@ def measure_frames(
         scale: Of the kernels, at the predictions' queries.
         frames: What was predicted.
         horizons: Chunk steps to measure.
-        grid: The board.
+        grid: The board of two dimensions; else the box that actions lie in.
         calibration: Frames that baselines are fitted on; none are compared without.
         seed: Of the draws.
         n_draws: Actions drawn from each density.
     """
     places = [predictions.queries.index(horizon) for horizon in horizons]
-    compared = None
-    if calibration is not None:
-        compared = baselines(
-            BaselineFrames.of(calibration.frames.batch, horizons, calibration.frames.previous),
-            BaselineFrames.of(frames.batch, horizons, frames.previous),
-            grid,
-        )
+    known = _known_to_baselines(frames, calibration, horizons)
     return measure(
         predictions.at(horizons),
         scale[:, places],
         grid,
         frames.batch.episode_index,
         frames.batch.frame_index,
-        compared,
+        None if known is None else baselines(*known, grid),
         n_draws,
         seed,
     )
+
+
+def measure_parts(
+    predictions: Predictions,
+    scales: Scales,
+    frames: Frames,
+    horizons: Sequence[int],
+    space: ActionSpace,
+    planes: Sequence[Plane],
+    resolution: int,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    n_draws: int = N_DRAWS,
+    single: bool = True,
+) -> dict[str, LandscapeMetrics]:
+    """Measure every single dimension, and the boards over two of them.
+
+    Always marginals: what a conditional slice holds is a prediction, not what was demonstrated.
+
+    Args:
+        predictions: On ``frames``, at least at ``horizons``.
+        scales: Of the kernels, at the predictions' queries.
+        frames: What was predicted.
+        horizons: Chunk steps to measure.
+        space: Of whole actions.
+        planes: The boards.
+        resolution: Cells along each axis of a board.
+        calibration: Frames that baselines are fitted on; none are compared without.
+        seed: Of the draws.
+        n_draws: Actions drawn from each density.
+        single: Whether to measure single dimensions, most of the work, or planes alone.
+
+    Returns:
+        Metrics by the name of the dimension or plane.
+    """
+    shown = predictions.at(horizons)
+    places = [predictions.queries.index(horizon) for horizon in horizons]
+    episode_index, frame_index = frames.batch.episode_index, frames.batch.frame_index
+    known = _known_to_baselines(frames, calibration, horizons)
+
+    def compared(dims: Sequence[int], grid: Grid | ActionSpace) -> Baselines | None:
+        if known is None:
+            return None
+        fitted, scored = (each.dimensions(dims) for each in known)
+        return baselines(fitted, scored, grid)
+
+    parts: dict[str, LandscapeMetrics] = {}
+    if single:
+        lines = {
+            axis.name: compared([dim], replace(space, axes=(axis,)))
+            for dim, axis in enumerate(space.axes)
+        }
+        parts |= measure_dimensions(
+            shown,
+            scales.single[:, places],
+            space,
+            episode_index,
+            frame_index,
+            {name: each for name, each in lines.items() if each is not None} or None,
+            n_draws,
+            seed,
+        )
+    for plane in planes:
+        grid = plane.grid(resolution)
+        parts[plane.name] = measure(
+            shown.dimensions(plane.dims),
+            scales.planes[plane.name][:, places],
+            grid,
+            episode_index,
+            frame_index,
+            compared(plane.dims, grid),
+            n_draws,
+            seed,
+        )
+    return parts
+
+
+def _known_to_baselines(
+    frames: Frames, calibration: Calibration | None, horizons: Sequence[int]
+) -> tuple[BaselineFrames, BaselineFrames] | None:
+    """What baselines are fitted on and scored on; None without calibration frames."""
+    if calibration is None:
+        return None
+    fitted, scored = (
+        BaselineFrames.of(each.batch, horizons, each.previous)
+        for each in (calibration.frames, frames)
+    )
+    return fitted, scored
 
 
 def sample_gap(
@@ -236,6 +413,7 @@ def latent_numbers(
     scale: Float[Tensor, "query action"],
     n_evidence_frames: int,
     seed: int = 0,
+    min_scale: float | Float[Tensor, " action"] = MIN_SCALE,
 ) -> tuple[LatentUse, dict[str, float]]:
     """How much ACT's latent is used, and whether samples from its prior find the demonstration.
 
@@ -246,9 +424,11 @@ def latent_numbers(
         scale: Laplace scale b of each query.
         n_evidence_frames: Frames for the importance-weighted evidence, spread over the frames.
         seed: Of the posterior's samples.
+        min_scale: Floor of scales, data units; of every dimension, or for each.
 
     Returns:
-        What :func:`latent_use` says, and all metric names with values.
+        What :func:`latent_use` says, and all metric names with values. ``sigma_z_px``, a mean over
+        dimensions, is left out where there may be several units.
     """
     use = latent_use(policy, frames.batch, predictions, scale)
     rows = torch.linspace(0, len(frames) - 1, min(n_evidence_frames, len(frames))).round().long()
@@ -261,9 +441,13 @@ def latent_numbers(
         scale,
         n_samples=predictions.samples.shape[1],
         seed=seed,
+        min_scale=min_scale,
     )
     queries = predictions.queries
-    return use, use.scalars(queries) | found.scalars(queries, prior)
+    values = use.scalars(queries) | found.scalars(queries, prior)
+    if predictions.point.shape[-1] != 2:
+        values = {name: each for name, each in values.items() if not name.endswith("sigma_z_px")}
+    return use, values
 
 
 def executed_actions(

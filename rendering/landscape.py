@@ -4,10 +4,13 @@ All of it lies in one frame, that of the environment's own picture: origin at th
 downwards. On a board of ``size`` px, an action a lies ``(a - low) / (high - low) * size`` px from
 the left and upper edges, and N cells have their borders at ``linspace(0, size, N + 1)``. Colours
 have the fixed range of the method, so that frames, checkpoints and policies compare.
+
+A board over two of more dimensions shows no environment: it has axes with names and numbers, and
+its second dimension points upwards.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import cv2
@@ -16,6 +19,7 @@ from jaxtyping import Float, Int, UInt8
 
 from landscapes.grid import Grid
 from landscapes.landscape import Landscape
+from landscapes.space import Axis
 from rendering import marks
 from rendering.colour import colour_table, colours
 from rendering.video import CAPTION_PX, captioned
@@ -30,6 +34,10 @@ SWATCH_PX = 24
 FOOTER_PX = 3 * LEGEND_ROW_PX + 2
 """Height below a board: colour bar, or the legend of the markers."""
 MIN_BOARD_PX = 96
+AXIS_PX = 32
+"""Below a board with axes: numbers and a name."""
+SIDE_PX = 54
+"""Left of a board with axes: a name and numbers."""
 DASHES_PX = (None, (7.0, 5.0), (1.0, 5.0))
 """Dash and gap of the border of each credible region, smallest region first; None is solid."""
 SWATCH = (72, 72, 96)
@@ -90,6 +98,8 @@ class Panel:
     levels: tuple[float, ...] = ()
     """Mass of each region, ascending."""
     markers: Markers = field(default_factory=Markers)
+    axes: tuple[Axis, Axis] | None = None
+    """Across and upwards; None for a board that lies like the environment's picture."""
 
     def __post_init__(self) -> None:
         cells = (self.grid.resolution, self.grid.resolution)
@@ -144,6 +154,7 @@ class Panel:
             thresholds=landscape.thresholds[place].cpu().numpy() if regions else None,
             levels=landscape.levels if regions else (),
             markers=markers or Markers(),
+            axes=None if landscape.plane is None else (landscape.plane.x, landscape.plane.y),
         )
 
 
@@ -192,12 +203,12 @@ def side_by_side(
     symbols, levels = _symbols(scene.panels)
     columns = []
     for panel in scene.panels:
-        board = draw_landscape(panel, size, colormap)
+        board = _board(panel, size, colormap)
         bar = draw_colour_bar(panel.value_range, panel.unit, size, colormap)
         columns.append([_caption(panel.title, size), board, bar])
     is_room_below = False
     if scene.environment is not None:
-        picture = _fit(scene.environment, size)
+        picture = to_height(scene.environment, size)
         width = picture.shape[1]
         columns.insert(0, [_caption(scene.title, width), picture])
         is_room_below = width >= 3 * LEGEND_PX
@@ -231,11 +242,11 @@ def landscape_strip(
     rows = []
     for scene in scenes:
         columns = [
-            [_caption(panel.title, size_px), draw_landscape(panel, size_px, colormap)]
+            [_caption(panel.title, size_px), _board(panel, size_px, colormap)]
             for panel in scene.panels
         ]
         if scene.environment is not None:
-            picture = _fit(scene.environment, size_px)
+            picture = to_height(scene.environment, size_px)
             columns.insert(0, [_caption(scene.title, picture.shape[1]), picture])
         rows.append(_lay_out(columns))
     width = max(rows[0].shape[1], LEGEND_PX)
@@ -254,13 +265,16 @@ def draw_landscape(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """Draw one board and nothing around it: heat map, credible regions, markers.
 
-    Every cell has one colour, at its exact place: nothing is smoothed.
+    Every cell has one colour, at its exact place: nothing is smoothed. Where the panel has axes,
+    the second one points upwards.
 
     Args:
         panel: What to draw.
         size_px: Height and width.
         colormap: Name of a matplotlib colour map.
     """
+    if panel.axes is not None:
+        panel = _upright(panel)
     cells = colours(panel.scores, panel.value_range, colour_table(colormap))
     # More cells than pixels: mix their colours, lest a narrow peak falls between pixels.
     is_finer = panel.grid.resolution > size_px
@@ -269,6 +283,65 @@ def draw_landscape(
     draw_regions(picture, panel)
     draw_markers(picture, panel.grid, panel.markers)
     return picture
+
+
+def _upright(panel: Panel) -> Panel:
+    """The panel upside down: its second dimension then grows upwards in a picture."""
+    total = np.array([0.0, panel.grid.low[1] + panel.grid.high[1]])
+    sign = np.array([1.0, -1.0])
+
+    def turned(points: np.ndarray | None) -> np.ndarray | None:
+        return None if points is None else total + sign * points
+
+    markers = panel.markers
+    return replace(
+        panel,
+        scores=panel.scores[::-1],
+        mass=None if panel.mass is None else panel.mass[::-1],
+        markers=replace(
+            markers,
+            expert=turned(markers.expert),
+            prediction=turned(markers.prediction),
+            executed=turned(markers.executed),
+            expert_trace=total + sign * markers.expert_trace,
+        ),
+        axes=None,
+    )
+
+
+def _board(panel: Panel, size_px: int, colormap: str) -> UInt8[np.ndarray, "height width 3"]:
+    """Draw one board ``size_px`` high, with the names and numbers of its axes if it has any."""
+    if panel.axes is None:
+        return draw_landscape(panel, size_px, colormap)
+    size = size_px - AXIS_PX
+    x, y = panel.axes
+    framed = np.full((size_px, SIDE_PX + size, 3), 255, np.uint8)
+    framed[:size, SIDE_PX:] = draw_landscape(panel, size, colormap)
+    across = framed[size:, SIDE_PX:]
+    draw_axis(across, x)
+    # Drawn lying down, then put upright: OpenCV writes no other way.
+    side = np.full((SIDE_PX, size, 3), 255, np.uint8)
+    marks.draw_text(side, y.label, (max((size - marks.text_width(y.label)) // 2, 0), 12))
+    framed[:size, :SIDE_PX] = np.rot90(side)
+    for value in ticks(y.low, y.high, max(size // 40, 1)):
+        row = round((y.high - value) / (y.high - y.low) * (size - 1))
+        framed[row, SIDE_PX - 4 : SIDE_PX] = marks.CASING
+        label = f"{value:.3g}"
+        at = SIDE_PX - 6 - marks.text_width(label), min(max(row + 4, 9), size)
+        marks.draw_text(framed, label, at)
+    return framed
+
+
+def draw_axis(strip: UInt8[np.ndarray, "height width 3"], axis: Axis) -> None:
+    """Write numbers and the name of an axis across a white strip below a board, in place."""
+    width = strip.shape[1]
+    for value in ticks(axis.low, axis.high, max(width // 48, 1)):
+        x = round((value - axis.low) / (axis.high - axis.low) * (width - 1))
+        strip[:4, x] = marks.CASING
+        label = f"{value:.3g}"
+        length = marks.text_width(label)
+        marks.draw_text(strip, label, (min(max(x - length // 2, 0), width - length), 15))
+    marks.draw_text(strip, axis.label, (max((width - marks.text_width(axis.label)) // 2, 0), 28))
 
 
 def draw_regions(picture: UInt8[np.ndarray, "height width 3"], panel: Panel) -> None:
@@ -299,7 +372,7 @@ def region_outlines(
     Args:
         mass: Of every cell.
         thresholds: Mass of the last cell inside each region; 0 for a board that holds no mass,
-            which has no regions.
+            which has no regions, and infinite for a region that the board cannot hold.
 
     Returns:
         For each region its closed lines, in cells (x, y) from the upper left corner of the board.
@@ -322,6 +395,9 @@ def region_outlines(
     generator = contour_generator(z=padded, name="serial")
     outlines: list[list[np.ndarray]] = []
     for threshold in thresholds:
+        if np.isinf(threshold):
+            outlines.append([])
+            continue
         next_mass = np.max(mass, initial=0, where=mass < threshold)
         next_log_mass = np.log(max(next_mass, np.exp(floor)))
         lines = generator.lines((np.log(threshold) + next_log_mass) / 2)
@@ -413,7 +489,7 @@ def draw_colour_bar(
     bar = np.full((FOOTER_PX, width_px, 3), 255, np.uint8)
     ramp = np.linspace(low, high, right - left)[None]
     bar[top:bottom, left:right] = colours(ramp, value_range, colour_table(colormap))
-    for value in _ticks(low, high, max((right - left) // 40, 1)):
+    for value in ticks(low, high, max((right - left) // 40, 1)):
         x = left + round((value - low) / (high - low) * (right - left - 1))
         bar[bottom : bottom + 4, x] = marks.CASING
         label = f"{value:g}"
@@ -488,7 +564,7 @@ def _outwards(point: Float[np.ndarray, " 2"], grid: Grid) -> Float[np.ndarray, "
     return np.greater(point, grid.high) * 1.0 - np.less(point, grid.low)
 
 
-def _fit(
+def to_height(
     picture: UInt8[np.ndarray, "height width 3"], height_px: int
 ) -> UInt8[np.ndarray, "height_px width_px 3"]:
     """Bring a picture to a height, in its proportions."""
@@ -522,7 +598,7 @@ def _lay_out(
     return frame
 
 
-def _ticks(low: float, high: float, n_most: int) -> list[float]:
+def ticks(low: float, high: float, n_most: int) -> list[float]:
     """Choose up to ``n_most + 1`` round numbers of a range; its ends where there are none."""
     least = (high - low) / n_most
     decade = 10.0 ** np.floor(np.log10(least))

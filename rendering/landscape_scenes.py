@@ -71,13 +71,17 @@ def scenes(
 
 def _panel(column: Column, batch: Batch, frame: int, overlay: Overlay) -> Panel:
     predictions, query = column.predictions, column.query
+    plane = column.landscape.plane
+    dims = [0, 1] if plane is None else list(plane.dims)
     place = predictions.queries.index(query)
     expert, title = None, f"action now (k = {query})" if query == 0 else f"k = {query} steps ahead"
+    if plane is not None and plane.is_conditional:
+        title += ", others held at the prediction"
     if bool(predictions.is_valid[frame, place]):
-        expert = predictions.expert[frame, place].cpu().numpy()
+        expert = predictions.expert[frame, place].cpu().numpy()[dims]
     executed, age = None, None
     if column.executed is not None and query == 0:
-        executed = column.executed[frame].double().cpu().numpy()
+        executed = column.executed[frame].double().cpu().numpy()[dims]
         age = None if column.executed_age is None else int(column.executed_age[frame])
     shown = overlay.show_policy_prediction
     return Panel.of(
@@ -87,10 +91,10 @@ def _panel(column: Column, batch: Batch, frame: int, overlay: Overlay) -> Panel:
         f"{column.label}  {title}" if column.label else title,
         Markers(
             expert=expert,
-            prediction=predictions.point[frame, place].cpu().numpy() if shown else None,
+            prediction=predictions.point[frame, place].cpu().numpy()[dims] if shown else None,
             executed=executed if shown else None,
             executed_age=age if shown else None,
-            expert_trace=demonstrated(batch, frame, query, overlay.trace_length),
+            expert_trace=demonstrated(batch, frame, query, overlay.trace_length)[:, dims],
         ),
         regions=overlay.show_confidence_intervals,
     )

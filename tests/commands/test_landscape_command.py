@@ -653,7 +653,7 @@ def test_what_cannot_be_is_one_line_before_any_work(
     ("changes", "message"),
     [
         ({"state_dim": 3}, "state_dim: 3 != 2"),
-        ({"action_dim": 3}, "actions have 3"),
+        ({"action_dim": 3}, "action_dim: 3 != 2"),
         ({"cameras": {"wrist": [32, 32]}}, "cameras: {'wrist'"),
         ({"chunk_size": 40}, "every episode is shorter than chunk_size"),
     ],

@@ -452,3 +452,18 @@ def test_many_small_files_leave_room_for_their_links(tmp_path):
     page = report_page([record], tmp_path, (whole.size_bytes - 1) / 2**20)
     assert page.left_out
     assert page.size_bytes < whole.size_bytes
+
+
+def test_numbers_in_any_unit_have_a_meaning_of_their_own():
+    for pixels in (
+        "features/sae_px",
+        "features/mean_px",
+        "attention/relevancy/deletion_auc_px",
+        "counterfactual/effect_block_px",
+        "counterfactual/rerender_px",
+    ):
+        assert meaning(pixels)
+        assert "unit" in meaning(pixels)
+        assert meaning(pixels.removesuffix("px") + "cm") == meaning(pixels)
+    assert "directions" in meaning("features/mean_cosine")
+    assert "demonstrated" in meaning("features/mean_l1")
