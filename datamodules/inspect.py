@@ -585,6 +585,9 @@ def report(inspection: Inspection) -> str:
         lines += ["", "Ranges, per dimension"]
         rows: list[tuple[str, ...]] = [("column", "dim", "min", "max", "mean", "std", "not finite")]
         for name, column in found.columns.items():
+            # Dozens of numbers that are there to be given back to a simulator.
+            if name == "simulator_state":
+                continue
             for dim, values in enumerate(
                 zip(column.min, column.max, column.mean, column.std, strict=True)
             ):

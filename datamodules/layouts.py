@@ -95,6 +95,8 @@ _ALOHA = HDF5Schema(
     images={"*": CameraSource("observations/images/*")},
     state=("observations/qpos",),
     action=("action",),
+    # Simulated ones of ours; the recordings of others have no such data set.
+    simulator_state="observations/simulator_state?",
 )
 
 _ROBOMIMIC = HDF5Schema(

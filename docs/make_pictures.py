@@ -1,6 +1,7 @@
-"""Make the pictures of README and docs again, from a finished demo run and a steering film.
+r"""Make the pictures of README and docs again, from a finished demo run and finished analyses.
 
-python docs/make_pictures.py --run_dir outputs/demo/last --steer_dir outputs/steer
+python docs/make_pictures.py --run_dir outputs/demo/last --steer_dir outputs/steer \
+    --transfer_dir outputs/transfer --aloha_dir outputs/aloha/landscape
 
 Needs a Chromium. Pictures are small on purpose: WebP, at most 1000 px wide.
 """
@@ -34,6 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run_dir", type=Path, default=ROOT / "outputs/demo/last")
     parser.add_argument("--steer_dir", type=Path, default=ROOT / "outputs/steer")
+    parser.add_argument("--transfer_dir", type=Path, default=ROOT / "outputs/transfer")
+    parser.add_argument("--aloha_dir", type=Path, default=ROOT / "outputs/aloha/landscape")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs/images")
     parser.add_argument("--feature", type=int, help="feature to show in the browser")
     arguments = parser.parse_args()
@@ -47,9 +50,21 @@ def main() -> None:
     film = arguments.steer_dir / "rollouts.mp4"
     if film.is_file():
         animate(home / "steering.webp", film)
+    analyses(arguments.transfer_dir, arguments.aloha_dir, home)
     pages(arguments.run_dir, home, arguments.feature)
     for file in sorted(home.iterdir()):
         print(f"{file.stat().st_size / 1024:6.0f} KiB  {file}")
+
+
+def analyses(transfer: Path, aloha: Path, home: Path) -> None:
+    """Write the pictures of analyses that are there."""
+    if transfer.is_dir():
+        save(home / "transfer.webp", Image.open(transfer / "transfer.png"))
+        boards = Image.open(transfer / "landscapes.png")
+        # The first instants are enough.
+        save(home / "transfer_landscapes.webp", boards.crop((0, 0, boards.width, boards.width)))
+    for file in sorted(aloha.glob("*projection*strip*.png")):
+        save(home / "aloha_projection.webp", Image.open(file))
 
 
 def save(path: Path, picture: Image.Image, width_px: int = WIDTH_PX) -> None:

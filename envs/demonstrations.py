@@ -17,28 +17,20 @@ training reads frames in random order, and deflated at level 1, because flat-col
 shrink about thirtyfold at that level and inflate faster than most disks read the raw bytes.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import pickle
-import subprocess
-import sys
 import time
 import zlib
-from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from envs.collecting import alone_with, solved_episodes, worker_count
 from envs.expert import EXPERT_VERSION, ExpertConfig, PushTExpert
 from envs.push_t import PushT, PushTTask
 from policies.atomic_files import whole_file
@@ -48,8 +40,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 """Raise whenever the same settings would give another file: caches depend on it."""
-SEEDS_PER_DATASET = 1_000_000
-"""Data set ``seed`` draws its episodes from this many environment seeds of its own."""
 SOURCE = "scripted PushT expert"
 
 
@@ -123,97 +113,6 @@ def demonstrate(
     )
 
 
-def _demonstrations(
-    first_seed: int, image_size: int, config: ExpertConfig, max_steps: int, n_workers: int
-) -> Generator[Demonstration]:
-    """Endless, in the order of the seeds, whatever the number of workers."""
-    if n_workers == 0:
-        seed = first_seed
-        while True:
-            yield demonstrate(seed, image_size, config, max_steps)
-            seed += 1
-    with ExitStack() as stack:
-        idle: SimpleQueue[_Worker] = SimpleQueue()
-        for _ in range(n_workers):
-            idle.put(stack.enter_context(closing(_Worker())))
-
-        def play(seed: int) -> Demonstration:
-            worker = idle.get()
-            try:
-                return worker.demonstrate(seed, image_size, config, max_steps)
-            finally:
-                idle.put(worker)
-
-        executor = stack.enter_context(ThreadPoolExecutor(n_workers))
-        try:
-            pending: deque[Future[Demonstration]] = deque()
-            seed = first_seed
-            while True:
-                while len(pending) < 3 * n_workers:
-                    pending.append(executor.submit(play, seed))
-                    seed += 1
-                yield pending.popleft().result()
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
-
-
-class _Worker:
-    """A process that plays episodes.
-
-    Not one of ``multiprocessing``'s: its children import the main script again, and with it
-    everything that training needs and playing does not.
-    """
-
-    def __init__(self) -> None:
-        root = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from envs.demonstrations import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-            # Ctrl-C is for the parent, who closes its workers.
-            process_group=0,
-        )
-
-    def demonstrate(
-        self, seed: int, image_size: int, config: ExpertConfig, max_steps: int
-    ) -> Demonstration:
-        """Like :func:`demonstrate`, elsewhere."""
-        requests, answers = self._process.stdin, self._process.stdout
-        assert requests is not None
-        assert answers is not None
-        try:
-            pickle.dump((seed, image_size, config, max_steps), requests)
-            requests.flush()
-            return pickle.load(answers)
-        except (BrokenPipeError, EOFError) as error:
-            raise RuntimeError(
-                f"seed {seed}: the worker process ended with code {self._process.wait()}; its "
-                "message is above; n_workers=0 plays in this process instead"
-            ) from error
-
-    def close(self) -> None:
-        """End the process, in the middle of an episode if need be."""
-        self._process.kill()
-        # Also closes the pipes.
-        self._process.communicate()
-
-
-def serve() -> None:
-    """Play the episodes that come in on standard input, until it closes."""
-    with os.fdopen(os.dup(1), "wb") as answers:
-        # Whatever a library prints must not end up among the answers.
-        os.dup2(2, 1)
-        while True:
-            try:
-                request = pickle.load(sys.stdin.buffer)
-            except EOFError:
-                return
-            pickle.dump(demonstrate(*request), answers)
-            answers.flush()
-
-
 def collect(
     path: str | Path,
     n_episodes: int,
@@ -243,11 +142,10 @@ def collect(
         ValueError: When a number is out of range, or the expert keeps failing.
     """
     import h5py
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     path = Path(path)
     config = config or ExpertConfig()
-    workers = len(os.sched_getaffinity(0)) if n_workers is None else n_workers
+    workers = worker_count(n_workers)
     if n_episodes < 1 or seed < 0 or workers < 0 or image_size < 1 or max_steps < 1:
         raise ValueError(
             f"n_episodes {n_episodes}, seed {seed}, n_workers {n_workers}, image_size {image_size},"
@@ -260,46 +158,32 @@ def collect(
     started = time.monotonic()
     failed: list[int] = []
     n_kept = total_frames = 0
-    bar = Progress(
-        "[progress.description]{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        disable=not progress,
+    episodes = solved_episodes(
+        demonstrate,
+        (image_size, config, max_steps),
+        n_episodes,
+        seed,
+        workers,
+        failed,
+        f"{config} within {max_steps} steps; allow more steps or less plan_noise",
+        progress,
     )
-    episodes = _demonstrations(
-        seed * SEEDS_PER_DATASET, image_size, config, max_steps, min(workers, n_episodes)
-    )
-    with whole_file(path, overwrite) as temporary, bar:
-        shown = bar.add_task("Demonstrations", total=n_episodes)
-        try:
-            with h5py.File(temporary, "w") as file:
-                for episode in episodes:
-                    if not episode.solved:
-                        failed.append(episode.seed)
-                        if len(failed) > 20 + n_episodes:
-                            raise ValueError(
-                                f"the expert failed {len(failed)} times and solved {n_kept} "
-                                f"episodes within {max_steps} steps: {config}; allow more steps or "
-                                "less plan_noise"
-                            )
-                        continue
-                    _write(file.create_group(f"demo_{n_kept}"), episode, image_size)
-                    n_kept += 1
-                    total_frames += len(episode.actions)
-                    bar.advance(shown)
-                    if n_kept == n_episodes:
-                        break
-                file.attrs["num_demos"] = n_kept
-                file.attrs["fps"] = PushTTask().fps
-                file.attrs["total_frames"] = total_frames
-                file.attrs["source"] = SOURCE
-                file.attrs["settings"] = json.dumps(
-                    _settings(n_episodes, seed, image_size, config, max_steps), sort_keys=True
-                )
-        finally:
-            # Ends the workers now, not whenever the generator is collected.
-            episodes.close()
+    with (
+        whole_file(path, overwrite) as temporary,
+        closing(episodes),
+        h5py.File(temporary, "w") as file,
+    ):
+        for episode in episodes:
+            _write(file.create_group(f"demo_{n_kept}"), episode, image_size)
+            n_kept += 1
+            total_frames += len(episode.actions)
+        file.attrs["num_demos"] = n_kept
+        file.attrs["fps"] = PushTTask().fps
+        file.attrs["total_frames"] = total_frames
+        file.attrs["source"] = SOURCE
+        file.attrs["settings"] = json.dumps(
+            _settings(n_episodes, seed, image_size, config, max_steps), sort_keys=True
+        )
     return CollectionReport(
         path, n_kept, total_frames, tuple(failed), wall_s=time.monotonic() - started
     )
@@ -391,10 +275,7 @@ class ScriptedDemonstrations:
             ValueError: When the cached file cannot be read.
         """
         path = self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-            # Released by the kernel, whatever becomes of this process.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone_with(path):
             if path.exists():
                 self._check(path)
             else:

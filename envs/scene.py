@@ -29,7 +29,8 @@ def scene_variants(task: Task, batch: Batch, dilation_px: float = 15.0) -> Scene
         task: Whose simulator to use; its environment must be a :class:`Scene`.
         batch: Frames with the simulator's states, as a policy without a history sees them.
         dilation_px: Reach of the masks around the objects, in the unit of the scene (PushT: px on
-            the 512 x 512 board, so that 15 px are 2.8 px of a 96 x 96 picture).
+            the 512 x 512 board, so that 15 px are 2.8 px of a 96 x 96 picture; ALOHA: px of a
+            picture 480 px high). The masks are those of the batch's first camera.
 
     Returns:
         Pictures as ``uint8`` in the cameras and sizes of the batch, on its device.

@@ -106,3 +106,22 @@ def open_page(chromium: "Browser") -> Iterator[OpenPage]:
     for context in contexts:
         context.close()
     assert not problems
+
+
+@pytest.fixture(scope="session")
+def graphics() -> None:
+    """MuJoCo draws; tests that need it are skipped where it cannot.
+
+    POLICYSCOPE_REQUIRE_GL=1 makes that a failure.
+    """
+    from envs.aloha import AlohaTransferCube
+
+    env = AlohaTransferCube(image_size=(16, 16))
+    try:
+        env.observe()
+    except ValueError as error:
+        if os.environ.get("POLICYSCOPE_REQUIRE_GL") == "1":
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    finally:
+        env.close()

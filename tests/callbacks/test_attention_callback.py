@@ -467,3 +467,12 @@ def test_the_film_has_its_maps_beside_it(plain):
     rows = parquet.read_table(file).to_pylist()
     assert [row["frame_index"] for row in rows] == [0, 1, 2, 3]
     assert len(film_of(plain)) == 4
+
+
+def test_a_task_that_shows_what_the_policy_sees_stays_as_configured(untrained):
+    _, module = untrained
+    task = PushTTask(image_size=SIZE, max_steps=7)
+    assert Attention(task=task)._task(module.view) is task
+    # One with pictures of another size is made anew.
+    other = Attention(task=PushTTask(image_size=SIZE + 8))._task(module.view)
+    assert other.image_size == SIZE

@@ -252,7 +252,7 @@ def test_maps_are_put_to_the_test_on_frames_of_all_episodes(made):
         assert {"deletion_ratio", "spearman_occlusion", "lift_agent", "ssim_randomised"} <= {*truth}
     effects = metrics["counterfactual"]
     assert effects["rerender_px"] < 0.1 * effects["effect_block_px"]
-    assert f"agent {effects['effect_agent_px']:.1f} px" in printed
+    assert f"agent {effects['effect_agent_px']:.3g} px" in printed
     # Four frames, a row for each method and one for occlusion, with red outlines.
     strip = cv2.imread(str(folder / "faithfulness_strip.png")).astype(int)
     assert strip.shape[0] > 6 * 160
@@ -834,3 +834,17 @@ def test_the_example_films_what_acts(checkpoint, diffusion, tmp_path, monkeypatc
     assert np.abs(frames[0].astype(int) - frames[2]).max() > 30
     assert module.main([*words, str(diffusion)]) == 1
     assert "give an ACTPolicy" in capsys.readouterr().err
+
+
+def test_effects_are_called_by_the_unit_of_the_actions(checkpoint, demonstrations, tmp_path):
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["hyper_parameters"]["action_unit"] = "cm"
+    torch.save(stored, tmp_path / "cm.ckpt")
+    words = ("--method", "rollout", "--videos", "false")
+    options = {"n_faithfulness_frames": 1, "max_steps": 2}
+    assert call("attention", tmp_path / "cm.ckpt", demonstrations, tmp_path, *words, **options) == 0
+    found = read(tmp_path / "metrics.json")
+    truth = found["methods"]["rollout"]["faithfulness"]
+    assert {"deletion_auc_cm", "random_auc_cm"} <= truth.keys()
+    assert {"effect_block_cm", "rerender_cm"} <= found["counterfactual"].keys()
+    assert not [name for name in (*truth, *found["counterfactual"]) if name.endswith("_px")]

@@ -221,3 +221,52 @@ def test_the_notebook_plots_a_description(inputs, tmp_path, monkeypatch):
             exec("".join(cell["source"]), names)
     pyplot.close("all")
     assert len(drawn) == 5
+
+
+@pytest.fixture(scope="module")
+def in_cm(inputs, tmp_path_factory) -> dict[str, str]:
+    """The same policy, said to act in cm."""
+    checkpoint = torch.load(inputs["policy"], weights_only=True)
+    checkpoint["hyper_parameters"]["action_unit"] = "cm"
+    path = tmp_path_factory.mktemp("cm") / "policy.ckpt"
+    torch.save(checkpoint, path)
+    return {**inputs, "policy": str(path)}
+
+
+def test_numbers_and_columns_are_called_by_the_unit_of_the_actions(in_cm, tmp_path, capsys):
+    from browser.features import read_descriptions
+
+    words = ("--n_permutations", 0, "--n_behaviour_frames", 8, "--n_effect_frames", 8)
+    assert command("describe", in_cm, tmp_path / "described", *words) == 0
+    summary = json.loads((tmp_path / "described/features.json").read_text())
+    assert {"sae_cm", "mean_cm"} <= summary["behaviour"].keys()
+    # A 512th of the board.
+    assert summary["effects"]["zero_effect_below_cm"] == 1.0
+    assert "move it by less than 1 cm" in capsys.readouterr().out
+    named = {*summary["behaviour"], *summary["effects"]}
+    described = parquet.read_table(tmp_path / "described/features.parquet").column_names
+    assert {"ablated_cm", "doubled_arrow_cm"} <= {*described}
+    assert not [each for each in named if each.endswith("_px")]
+    assert not [
+        each for each in described if each.startswith(("ablated", "doubled")) and "px" in each
+    ]
+    row = next(iter(read_descriptions(tmp_path / "described").rows.values()))
+    assert {"ablated_px", "ablated_arrow_px", "doubled_px"} <= row.keys()
+
+    words = ("--episode_idx", "all", "--n_features", 4, "--n_effect_frames", 32)
+    assert command("steer", in_cm, tmp_path / "steered", *words, sae="decoder") == 0
+    steered = parquet.read_table(tmp_path / "steered/effects.parquet").column_names
+    assert {"ablated_cm", "doubled_arrow_cm", "control_95_cm"} <= {*steered}
+    assert not [each for each in steered if each.endswith("_px")]
+
+
+def test_without_a_task_an_effect_is_a_share_of_what_was_demonstrated(inputs, tmp_path):
+    words = ("--n_permutations", 0, "--n_behaviour_frames", 8, "--n_effect_frames", 8)
+    words = (*words, "--task", "envs.aloha.AlohaTransferCubeTask")
+    assert command("describe", inputs, tmp_path, *words) == 0
+    found = json.loads((tmp_path / "features.json").read_text())["effects"]
+    datamodule = ActivationDataModule(inputs["policy"], storage="stream", progress=False)
+    datamodule.setup()
+    action = datamodule.demonstrations.statistics.action
+    assert 0 < found["zero_effect_below_px"] <= float((action.max - action.min).max()) / 500
+    assert found["zero_effect_below_px"] != 1.0

@@ -1,11 +1,12 @@
 import dataclasses
+import sys
 import threading
 
 import h5py
 import numpy as np
 import pytest
 
-from envs import demonstrations
+from envs import collecting, demonstrations
 from envs.demonstrations import ScriptedDemonstrations, collect
 from envs.push_t import PushT
 
@@ -81,7 +82,7 @@ def test_actions_replay_to_the_recorded_states(file, start):
 
 def test_unsolved_episodes_give_way_to_the_next_seeds(tmp_path, monkeypatch, file):
     play = demonstrations.demonstrate
-    first = demonstrations.SEEDS_PER_DATASET
+    first = collecting.SEEDS_PER_DATASET
 
     def sometimes_fail(seed, *arguments):
         episode = play(seed, *arguments)
@@ -115,7 +116,7 @@ def test_nothing_is_overwritten_and_nothing_half_made_is_left(tmp_path, monkeypa
 
 
 def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(demonstrations.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="ended with code 1"):
         collect(tmp_path / "demos.hdf5", 1, image_size=16, n_workers=1, progress=False)
     assert not list(tmp_path.iterdir())
