@@ -63,7 +63,7 @@ def analyses(transfer: Path, aloha: Path, home: Path) -> None:
         boards = Image.open(transfer / "landscapes.png")
         # The first instants are enough.
         save(home / "transfer_landscapes.webp", boards.crop((0, 0, boards.width, boards.width)))
-    for file in sorted(aloha.glob("*projection*strip*.png")):
+    for file in sorted(aloha.glob("*_projection.png")):
         save(home / "aloha_projection.webp", Image.open(file))
 
 
