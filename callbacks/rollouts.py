@@ -10,7 +10,7 @@ from callbacks.schedule import Diagnostic
 from callbacks.views import policy_view
 from envs.task import Task
 from policies.atomic_files import write_atomically
-from policies.ensembling import ActionQueue, TemporalEnsembler, controller_of
+from policies.ensembling import ActionQueue, TemporalEnsembler, check_controller, controller_of
 from policies.interface import Findings, PolicyView
 
 
@@ -51,11 +51,7 @@ class Rollouts(Diagnostic):
         )
         self.prefix = name or "rollout"
         self.untrained_prefix = f"untrained_{name}" if name else "untrained"
-        if temporal_ensemble_coeff is not None and n_action_steps is not None:
-            raise ValueError(
-                f"n_action_steps={n_action_steps} has no meaning with temporal ensembling, which "
-                "predicts at every step: set one of the two to null"
-            )
+        check_controller(n_action_steps, temporal_ensemble_coeff)
         self.task = task
         self.n_episodes = n_episodes
         self.first_seed = first_seed

@@ -24,7 +24,7 @@ from envs.transfer import (
     mirrors_between,
 )
 from policies.atomic_files import write_atomically
-from policies.ensembling import controller_of
+from policies.ensembling import check_controller, controller_of
 from policies.interface import Findings
 
 N_MEASURED_FRAMES = 60
@@ -79,11 +79,7 @@ class Transfer(Diagnostic):
             max_share=max_share,
             name=name,
         )
-        if temporal_ensemble_coeff is not None and n_action_steps is not None:
-            raise ValueError(
-                f"n_action_steps={n_action_steps} has no meaning with temporal ensembling, which "
-                "predicts at every step: set one of the two to null"
-            )
+        check_controller(n_action_steps, temporal_ensemble_coeff)
         if n_trials < 2 or n_videos < 0:
             raise ValueError(f"n_trials {n_trials}, n_videos {n_videos}: give at least 2 and 0")
         self.task = task

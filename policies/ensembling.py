@@ -112,6 +112,23 @@ class TemporalEnsembler:
         return average[:, 0]
 
 
+def check_controller(n_action_steps: int | None, temporal_ensemble_coeff: float | None) -> None:
+    """Refuse to be asked for a queue and an ensemble at once.
+
+    Args:
+        n_action_steps: Of a queue, or None.
+        temporal_ensemble_coeff: Of an ensemble, or None.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if temporal_ensemble_coeff is not None and n_action_steps is not None:
+        raise ValueError(
+            f"n_action_steps={n_action_steps} has no meaning with temporal ensembling, which "
+            "predicts at every step: set one of the two to null"
+        )
+
+
 def controller_of(
     view: PolicyView, n_action_steps: int | None, temporal_ensemble_coeff: float | None
 ) -> ActionQueue | TemporalEnsembler:
