@@ -8,20 +8,22 @@ activations came from.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autoencoders.sae import SparseAutoencoder, build_autoencoder
-from policies.atomic_files import whole_file, write_atomically
+from policies.atomic_files import write_atomically
+from policies.json_files import read_json
+from policies.tensor_files import load_tensors, save_tensors
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 CONFIG_FILE = "cfg.json"
@@ -115,11 +117,8 @@ def save_autoencoder(
         config |= {"k": sae.hyper_parameters["k"], "rescale_acts_by_decoder_norm": False}
     if density is not None:
         log_density = (density.double() + 1e-10).log10().float()
-        with whole_file(folder / SPARSITY_FILE) as path:
-            save_file({"sparsity": log_density}, path)
-    tensors = {name: value.float().cpu() for name, value in weights.items()}
-    with whole_file(folder / WEIGHTS_FILE) as path:
-        save_file(tensors, path)
+        save_tensors(folder / SPARSITY_FILE, {"sparsity": log_density})
+    save_tensors(folder / WEIGHTS_FILE, {name: value.float() for name, value in weights.items()})
     # Last: a folder without it is none yet.
     text = json.dumps(config, indent=1) + "\n"
     write_atomically(folder / CONFIG_FILE, text)
@@ -158,30 +157,44 @@ def load_autoencoder(
     folder = find_autoencoder(path)
     config = _read_config(folder / CONFIG_FILE)
     ours = (config.get("metadata") or {}).get(OURS) or {}
-    try:
-        weights = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise AutoencoderError(f"{folder / WEIGHTS_FILE}: cannot be read ({error})") from error
-    sae = _build(config, ours, weights, folder)
+    sae = _build(config, ours, _read_tensors(folder / WEIGHTS_FILE), folder)
     sae.eval().requires_grad_(False).to(device)
     density = None
     if (folder / SPARSITY_FILE).is_file():
-        density = (10.0 ** load_file(folder / SPARSITY_FILE)["sparsity"].double()).float()
+        sparsity = _read_tensors(folder / SPARSITY_FILE).get("sparsity")
+        if sparsity is None or sparsity.shape != (sae.n_latents,) or bool(sparsity.isnan().any()):
+            raise AutoencoderError(
+                f"{folder / SPARSITY_FILE}: holds no sparsity of {sae.n_latents} latents; {_AGAIN}"
+            )
+        density = (10.0 ** sparsity.double()).float()
     known = {"format_version", "architecture", "hyper_parameters", "scale", "variance"}
     metadata = {key: value for key, value in ours.items() if key not in known}
     return LoadedAutoencoder(sae, metadata, density, folder)
 
 
+_AGAIN = "save the autoencoder again"
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    return load_tensors(
+        file, lambda problem: AutoencoderError(f"{file}: {problem}; copy it again, or {_AGAIN}")
+    )
+
+
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AutoencoderError(f"{file}: cannot be read ({error})") from error
-    if not isinstance(config, dict):
-        raise AutoencoderError(f"{file}: holds no object")
+    config = read_json(
+        file, lambda problem: AutoencoderError(f"{file}: {problem}; copy it again, or {_AGAIN}")
+    )
     for key in ("architecture", "d_in", "d_sae"):
         if key not in config:
-            raise AutoencoderError(f"{file}: {key} is missing; save the autoencoder again")
+            raise AutoencoderError(f"{file}: {key} is missing; {_AGAIN}")
+    for key in ("d_in", "d_sae"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise AutoencoderError(f"{file}: {key} is {_short(config[key])}; {_AGAIN}")
+    metadata = config.get("metadata") or {}
+    ours = metadata.get(OURS) or {} if isinstance(metadata, dict) else None
+    if not isinstance(ours, dict):
+        raise AutoencoderError(f"{file}: metadata is no object of objects; {_AGAIN}")
     unsupported = {
         "normalize_activations": ("none",),
         "reshape_activations": ("none",),
@@ -190,14 +203,14 @@ def _read_config(file: Path) -> dict[str, Any]:
     for key, allowed in unsupported.items():
         if config.get(key, allowed[0]) not in allowed:
             raise AutoencoderError(
-                f"{file}: {key} is {config[key]!r}, which is not supported; fold it into the "
+                f"{file}: {key} is {_short(config[key])}, which is not supported; fold it into the "
                 f"weights and set {key} to {allowed[0]!r}"
             )
-    version = ((config.get("metadata") or {}).get(OURS) or {}).get("format_version", FORMAT_VERSION)
+    version = ours.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise AutoencoderError(
-            f"{file}: format_version {version}, this version reads {FORMAT_VERSION}; save the "
-            "autoencoder again with this version"
+            f"{file}: format_version {_short(version)}, this version reads {FORMAT_VERSION}; "
+            f"{_AGAIN} with this version"
         )
     return config
 
@@ -208,21 +221,7 @@ def _build(
     weights: Mapping[str, Tensor],
     folder: Path,
 ) -> SparseAutoencoder:
-    d_in, n_latents = int(config["d_in"]), int(config["d_sae"])
-    if ours:
-        architecture, arguments = ours["architecture"], dict(ours["hyper_parameters"])
-    else:
-        architecture = OUR_ARCHITECTURE.get(config["architecture"])
-        arguments = {"d_in": d_in, "n_latents": n_latents}
-        if architecture == "topk":
-            arguments["k"] = int(config["k"])
-    try:
-        sae = build_autoencoder(str(architecture), **arguments)
-    except (ValueError, TypeError) as error:
-        raise AutoencoderError(
-            f"{folder / CONFIG_FILE}: architecture {config['architecture']!r} cannot be built "
-            f"({error})"
-        ) from error
+    d_in, n_latents = config["d_in"], config["d_sae"]
     shapes = {
         "W_enc": (d_in, n_latents),
         "b_enc": (n_latents,),
@@ -231,6 +230,7 @@ def _build(
     }
     if config["architecture"] == "jumprelu":
         shapes["threshold"] = (n_latents,)
+    # Before anything of these sizes is made.
     for name, shape in shapes.items():
         if name not in weights:
             raise AutoencoderError(f"{folder / WEIGHTS_FILE}: {name} is missing")
@@ -241,6 +241,32 @@ def _build(
             )
         if not torch.isfinite(weights[name]).all():
             raise AutoencoderError(f"{folder / WEIGHTS_FILE}: {name} holds NaN or infinity")
+    try:
+        if ours:
+            architecture, arguments = ours["architecture"], dict(ours["hyper_parameters"])
+            if (arguments.get("d_in"), arguments.get("n_latents")) != (d_in, n_latents):
+                raise ValueError("hyper_parameters are of an autoencoder of another size")
+        else:
+            architecture = OUR_ARCHITECTURE.get(config["architecture"])
+            arguments = {"d_in": d_in, "n_latents": n_latents}
+            if architecture == "topk":
+                arguments["k"] = config["k"]
+        sae = build_autoencoder(str(architecture), **arguments)
+        variance = float(ours["variance"]) if "variance" in ours else None
+        if variance is not None and not 0 <= variance < math.inf:
+            raise ValueError(f"variance is {variance}")
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise AutoencoderError(
+            f"{folder / CONFIG_FILE}: architecture {_short(config['architecture'])} cannot be "
+            f"built ({type(error).__name__}: {shorten(str(error), 200)})"
+        ) from error
     values = {name: value.float() for name, value in weights.items()}
     b_enc, W_enc = values["b_enc"], values["W_enc"]
     if not config.get("apply_b_dec_to_input", True):
@@ -251,10 +277,14 @@ def _build(
         sae.W_dec.copy_(values["W_dec"])
         sae.b_dec.copy_(values["b_dec"])
         sae.scale.fill_(1.0)
-        if "variance" in ours:
+        if variance is not None:
             # Trained on goes what was saved, in units where the scale is 1.
-            sae.variance.fill_(ours["variance"])
+            sae.variance.fill_(variance)
             sae.is_initialised.fill_(True)
         if "threshold" in shapes:
             sae.threshold.copy_(values["threshold"])
     return sae
+
+
+def _short(value: Any) -> str:
+    return shorten(ascii(value), 80)

@@ -55,6 +55,7 @@ from landscapes.study import (
     predict_frames,
 )
 from policies.interface import Batch, Observation, SamplingPolicyView
+from policies.json_files import parse_json
 from policies.loading import LoadedPolicy
 from rendering.attention import (
     AttentionScene,
@@ -547,7 +548,11 @@ class Explorer:
             return JSONResponse(await self._in_turn(self.session))
 
         async def answer(request: Request) -> Response:
-            question = Question.read(await request.json())
+            body = parse_json(
+                await request.body(),
+                lambda problem: ValueError(f"the question {problem}: send a JSON object"),
+            )
+            question = Question.read(body)
             return JSONResponse(await self._in_turn(self.answer, question))
 
         return [

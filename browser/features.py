@@ -37,6 +37,7 @@ from features.taps import edit_activations, read_activations
 from landscapes.grid import Grid
 from policies.act import ACTPolicy
 from policies.interface import Batch, Observation, in_unit
+from policies.json_files import parse_json, read_json
 from rendering.colour import colour_table
 from rendering.features import COLORMAP
 from rendering.picture import encode_png
@@ -102,11 +103,15 @@ def read_descriptions(folder: Path) -> Descriptions:
             )
     try:
         rows = parquet.read_table(folder / TABLE_FILE).to_pylist()
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        summary = read_json(folder / SUMMARY_FILE)
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(
             f"{folder}: cannot be read ({error}); describe the features again"
         ) from error
+    if not all(type(row.get("latent")) is int for row in rows):
+        raise ValueError(f"{folder / TABLE_FILE}: has rows without latent; describe them again")
+    if not isinstance(summary.get("action_unit", "px"), str):
+        raise ValueError(f"{folder / SUMMARY_FILE}: action_unit is no text; describe them again")
     # The page has one name for each, whatever the unit of the actions.
     names = {in_unit(name, summary.get("action_unit", "px")): name for name in IN_ACTION_UNIT}
     described = {
@@ -814,13 +819,7 @@ async def _json(request: Request) -> dict[str, Any]:
     Raises:
         ValueError: If it is none.
     """
-    try:
-        body = json.loads(await request.body())
-    except ValueError as error:
-        raise ValueError(f"the request is no JSON ({error})") from error
-    if not isinstance(body, dict):
-        raise ValueError("the request is no JSON object")
-    return body
+    return parse_json(await request.body(), lambda problem: ValueError(f"the request {problem}"))
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:
@@ -830,6 +829,6 @@ def _text(body: Mapping[str, Any], name: str) -> str:
 
 
 def _integer(body: Mapping[str, Any], name: str) -> int:
-    if not isinstance(body.get(name), int):
+    if type(body.get(name)) is not int:
         raise ValueError(f"{name} {body.get(name)!r}: give a whole number")
     return body[name]

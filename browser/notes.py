@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, get_args
 
 from autoencoders.files import WEIGHTS_FILE, LoadedAutoencoder
 from policies.atomic_files import write_atomically
+from policies.json_files import read_json
 
 FORMAT, FORMAT_VERSION = "policyscope feature notes", 1
 MAX_NAME, MAX_NOTE = 80, 10_000
@@ -46,6 +48,8 @@ class Note:
             )
         if len(self.note) > MAX_NOTE:
             raise ValueError(f"note of {len(self.note)} characters: give at most {MAX_NOTE}")
+        if any("\ud800" <= character <= "\udfff" for character in self.note):
+            raise ValueError("the note holds half a character; write it again")
 
     @property
     def is_empty(self) -> bool:
@@ -205,7 +209,7 @@ class NoteBook:
             raise ValueError("import: this is no export of feature notes; choose another file")
         if document.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"import: format_version {document.get('format_version')}, this version reads "
+                f"import: format_version {document.get('format_version')!a}, this version reads "
                 f"{FORMAT_VERSION}; export the notes again"
             )
         if document.get("autoencoder") != self.autoencoder:
@@ -228,21 +232,14 @@ class NoteBook:
             yield
 
     def _document(self) -> dict[str, Any]:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        if not self.path.exists():
             return {"format_version": FORMAT_VERSION, "autoencoders": {}}
-        except (OSError, UnicodeDecodeError) as error:
-            raise self._damaged(str(error)) from error
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise self._damaged(str(error)) from error
-        if not isinstance(document, dict) or not isinstance(document.get("autoencoders"), dict):
+        document = read_json(self.path, self._damaged)
+        if not isinstance(document.get("autoencoders"), dict):
             raise self._damaged("autoencoders is missing")
         if document.get("format_version") != FORMAT_VERSION:
             raise self._damaged(
-                f"format_version {document.get('format_version')}, this version reads "
+                f"format_version {document.get('format_version')!a}, this version reads "
                 f"{FORMAT_VERSION}"
             )
         return document
@@ -278,13 +275,15 @@ def _read_notes(entries: Any, where: str, n_latents: int) -> dict[int, Note]:
         raise ValueError(f"{where}: holds no features")
     notes = {}
     for key, entry in entries.items():
-        if not (key.isascii() and key.isdecimal() and int(key) < n_latents):
-            raise ValueError(f"{where}: feature {key!r}; there are 0 to {n_latents - 1}")
+        is_number = key.isascii() and key.isdecimal() and len(key) < 12
+        if not is_number or int(key) >= n_latents:
+            named = shorten(ascii(key), 60)
+            raise ValueError(f"{where}: feature {named}; there are 0 to {n_latents - 1}")
         name, note = (
             (entry.get("name"), entry.get("note")) if isinstance(entry, dict) else (None, None)
         )
         version = entry.get("version", 0) if isinstance(entry, dict) else 0
-        if not (isinstance(name, str) and isinstance(note, str) and isinstance(version, int)):
+        if not (isinstance(name, str) and isinstance(note, str) and type(version) is int):
             raise ValueError(f"{where}: feature {key} needs a name and a note, both texts")
         notes[int(key)] = Note(name, note, version)
     return notes

@@ -1,24 +1,26 @@
 """One page of a run, kept up to date while it trains."""
 
-import json
+import csv
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, override
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.checkpoints import sweep_parts
-from callbacks.dashboard import INDEX, Dashboard, read_index
+from callbacks.dashboard import FILE_KINDS, INDEX, Dashboard
 from callbacks.loggers import CSV_FILE, read_metrics
 from callbacks.run_config import CONFIG_FILE, ENVIRONMENT_FILE
 from callbacks.run_folder import CHECKPOINTS, MEDIA
 from callbacks.schedule import note_failure
 from callbacks.summary import REPORT_FILE, SUMMARY_FILE, RunSummary
 from policies.atomic_files import write_atomically
+from policies.json_files import read_json
 from rendering.report.embedding import Encodings
 from rendering.report.page import MAX_SIZE_MIB, Page, facts, report_page
 from rendering.report.records import RunRecord
@@ -156,15 +158,15 @@ def read_run(
         )
     with _reading(folder / CSV_FILE):
         rows = read_metrics(folder / CSV_FILE)
-        last_step = max((int(row["step"]) for row in rows), default=0)
+        last_step = max((_step(row["step"]) for row in rows), default=0)
     summary = _read_json(folder / SUMMARY_FILE)
     with _reading(folder / SUMMARY_FILE):
+        _check_summary(summary)
         if summary.get("step", 0) < last_step:
             # It is an earlier process's: the one that went on from there has written none yet.
             summary = {}
     with _reading(folder / MEDIA / INDEX):
-        index = read_index(folder / MEDIA / INDEX)
-        media = {int(step): kinds for step, kinds in index.items()}
+        media = _media(_read_json(folder / MEDIA / INDEX))
     *older_configs, config = _numbered(folder / CONFIG_FILE)
     *older_environments, environment = _numbered(folder / ENVIRONMENT_FILE)
     with _reading(config):
@@ -191,10 +193,18 @@ def _reading(file: Path) -> Iterator[None]:
     """Name the file in which something is not as it was written."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+        csv.Error,
+    ) as error:
         raise ValueError(
-            f"{file}: is cut or not what train.py wrote ({type(error).__name__}: {error}); "
-            "mend it or move it away"
+            f"{file}: is cut or not what train.py wrote ({type(error).__name__}: "
+            f"{shorten(str(error), 300)}); mend it or move it away"
         ) from error
 
 
@@ -202,7 +212,37 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     with _reading(file):
-        return dict(json.loads(file.read_text(encoding="utf-8")).items())
+        return read_json(file, ValueError)
+
+
+def _step(value: float) -> int:
+    """A training step; its number goes into the page."""
+    if not 0 <= value < 2**53:
+        raise ValueError(f"a step is {value}")
+    return int(value)
+
+
+def _check_summary(summary: Mapping[str, Any]) -> None:
+    """Refuse values that the page could not write."""
+    for key, kind in {
+        "step": int,
+        "status": str,
+        "wall_s": int | float | None,
+        "checkpoint": str | None,
+    }.items():
+        if key in summary and not isinstance(summary[key], kind):
+            raise ValueError(f"{key} is {summary[key]!a}")
+
+
+def _media(index: Mapping[str, Any]) -> dict[int, dict[str, dict[str, str]]]:
+    """What ``media/index.json`` says: step, kind of files, key, path."""
+    media = {}
+    for step, kinds in index.items():
+        for files in kinds.values():
+            if not all(isinstance(path, str) for path in files.values()):
+                raise ValueError(f"step {step!a} names something that is no path")
+        media[_step(int(step))] = {kind: {} for kind in FILE_KINDS} | kinds
+    return media
 
 
 def _numbered(file: Path) -> list[Path]:

@@ -20,11 +20,12 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from textwrap import shorten
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -34,8 +35,10 @@ from torch.nn import functional as F
 from autoencoders.sae import SparseAutoencoder
 from features.resampling import Estimate, auroc, interval, resample_counts, wilson_estimate
 from features.taps import ActivationCapture, capture_activations
+from policies.atomic_files import write_atomically
 from policies.interface import Observation, PolicyView, WrappedPolicy
-from policies.lerobot_format import apply_umask
+from policies.json_files import read_json
+from policies.tensor_files import load_tensors, save_tensors
 
 WEIGHTS_FILE, CONFIG_FILE = "ood.safetensors", "ood.json"
 _FRAMES = 256
@@ -599,8 +602,6 @@ class MonitoredPolicy(WrappedPolicy):
 
 def save_detector(detector: OODDetector, folder: Path) -> None:
     """Write ``ood.safetensors`` and ``ood.json``; the autoencoder is saved by its own room."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{novelty.name}.{key}": value.detach().cpu().contiguous()
@@ -624,9 +625,8 @@ def save_detector(detector: OODDetector, folder: Path) -> None:
         },
         "calibrations": {name: asdict(each) for name, each in detector.calibrations.items()},
     }
-    save_file(tensors, folder / WEIGHTS_FILE)
-    apply_umask(folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_tensors(folder / WEIGHTS_FILE, tensors)
+    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def load_detector(folder: Path, sae: SparseAutoencoder) -> OODDetector:
@@ -637,38 +637,92 @@ def load_detector(folder: Path, sae: SparseAutoencoder) -> OODDetector:
         sae: The autoencoder that the detector was fitted with.
 
     Raises:
-        ValueError: If a file is missing, or the autoencoder is another.
+        ValueError: If a file is missing or damaged, or the autoencoder is another.
     """
-    from safetensors.torch import load_file
-
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file; give a folder with a saved detector")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    tensors = load_file(folder / WEIGHTS_FILE)
-    if config["autoencoder"] not in (None, _fingerprint(sae)):
+    config = read_json(
+        folder / CONFIG_FILE,
+        lambda problem: ValueError(f"{folder / CONFIG_FILE}: {problem}; {_SAVED_DETECTOR}"),
+    )
+    tensors = load_tensors(
+        folder / WEIGHTS_FILE,
+        lambda problem: ValueError(f"{folder / WEIGHTS_FILE}: {problem}; {_SAVED_DETECTOR}"),
+    )
+    if config.get("autoencoder") not in (None, _fingerprint(sae)):
         raise ValueError(
             f"{folder}: the detector was fitted with another autoencoder; give that one, or fit a "
             "detector to this one"
         )
-    calibrations = {name: Calibration(**each) for name, each in config["calibrations"].items()}
-
-    def of(name: str) -> dict[str, Tensor]:
-        return {
-            key.removeprefix(f"{name}."): value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}.")
+    try:
+        layer, pool = config["layer"], config["pool"]
+        if not isinstance(layer, str):
+            raise ValueError(f"layer is {layer!a}")
+        calibrations = {
+            name: Calibration(**_checked_numbers(name, each))
+            for name, each in config["calibrations"].items()
         }
+        novelties = tuple(_novelty(name, tensors, pool, sae) for name in calibrations)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} are no detector's "
+            f"({type(error).__name__}: {shorten(str(error), 300)}); {_SAVED_DETECTOR}"
+        ) from error
+    return OODDetector(layer, novelties, calibrations)
 
-    pool = config["pool"]
-    by_name: dict[str, Callable[[dict[str, Tensor]], Novelty]] = {
-        "reconstruction": lambda values: ReconstructionNovelty(sae, **values),
-        "active_set": lambda values: ActiveSetNovelty(sae, **values),
-        "neighbours": lambda values: NeighbourNovelty(**values, pool=pool["neighbours"]),
-        "mahalanobis": lambda values: MahalanobisNovelty(**values, pool=pool["mahalanobis"]),
+
+_SAVED_DETECTOR = "give a folder with a saved detector, or fit it again"
+_N_AXES = {
+    "reconstruction": {"variance": 0},
+    "active_set": {"rate": 2},
+    "neighbours": {"memory": 2, "k": 0},
+    "mahalanobis": {"mean": 1, "whitening": 2},
+}
+"""Of the tensors of each score."""
+
+
+def _checked_numbers(name: str, calibration: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key, value in calibration.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            raise ValueError(f"{key} of {name!a} is {value!a}")
+    return calibration
+
+
+def _novelty(
+    name: str, tensors: Mapping[str, Tensor], pool: Mapping[str, Pool], sae: SparseAutoencoder
+) -> Novelty:
+    """One score from its tensors.
+
+    Raises:
+        ValueError, KeyError: If they are of another kind.
+    """
+    values = {
+        key.removeprefix(f"{name}."): value
+        for key, value in tensors.items()
+        if key.startswith(f"{name}.")
     }
-    novelties = tuple(by_name[name](of(name)) for name in calibrations)
-    return OODDetector(config["layer"], novelties, calibrations)
+    n_axes = {key: value.ndim for key, value in values.items()}
+    if n_axes != _N_AXES[name]:
+        raise ValueError(f"the tensors of {name} have {n_axes} axes instead of {_N_AXES[name]}")
+    if not all(bool(value.isfinite().all()) for value in values.values()):
+        raise ValueError(f"the tensors of {name} are not finite")
+    if name == "reconstruction":
+        return ReconstructionNovelty(sae, **values)
+    if name == "active_set":
+        if values["rate"].shape[1] != sae.n_latents:
+            raise ValueError(f"rates of {values['rate'].shape[1]} features, not {sae.n_latents}")
+        return ActiveSetNovelty(sae, **values)
+    if pool[name] not in get_args(Pool):
+        raise ValueError(f"pool of {name} is {pool[name]!a}")
+    if name == "neighbours":
+        k, n_memory = values["k"], len(values["memory"])
+        if k.is_floating_point() or not 1 <= int(k) <= n_memory:
+            raise ValueError(f"k is {k.item()}: {n_memory} frames are remembered")
+        return NeighbourNovelty(**values, pool=pool[name])
+    if values["whitening"].shape != 2 * values["mean"].shape:
+        raise ValueError(
+            f"a mean of {len(values['mean'])} dimensions, a whitening of "
+            f"{tuple(values['whitening'].shape)}"
+        )
+    return MahalanobisNovelty(**values, pool=pool[name])
 
 
 def _fingerprint(sae: SparseAutoencoder) -> str:

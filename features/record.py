@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from autoencoders.sae import SparseAutoencoder
 from features.episodes import number_episodes
 from features.taps import TokenPosition
 from policies.atomic_files import whole_file
+from policies.json_files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,7 +29,17 @@ ENCODE_BYTES = 64 * 2**20
 """Codes of a batch before they are made sparse, at most."""
 ROWS_AT_ONCE = 2**20
 """Activations of a row group: what a reader holds at once, 14 MB."""
+MAX_LATENTS = 1 << 24
+"""Of a record; a header that asks for more is damaged."""
 _HEADER = b"policyscope"
+_ACTIVATION_COLUMNS = {
+    "episode": "int32",
+    "frame": "int32",
+    "token": "int16",
+    "latent": "int32",
+    "value": "float",
+}
+_FRAME_COLUMNS = {"episode": "int32", "frame": "int32", "n_active": "int32"}
 
 FrameBatch = tuple[Float[Tensor, "batch token dim"], Int[Tensor, " batch"], Int[Tensor, " batch"]]
 """Activations, episode numbers, steps in the episode."""
@@ -346,25 +358,19 @@ def read_record(folder: Path) -> FeatureRecord:
     """Read what :func:`write_record` wrote, to the bit.
 
     Raises:
-        ValueError: If a file is missing, has another format, or they are no pair.
+        ValueError: If a file is missing, damaged, has another format, or they are no pair.
     """
-    from pyarrow import parquet
-
     tables, headers = {}, []
-    for name in (ACTIVATIONS_FILE, FRAMES_FILE):
+    for name, columns in ((ACTIVATIONS_FILE, _ACTIVATION_COLUMNS), (FRAMES_FILE, _FRAME_COLUMNS)):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: has no {name}; give the folder of a record")
-        table = parquet.read_table(folder / name)
-        header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
+        table, header = _read_table(folder / name, columns)
         if header.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"{folder / name}: format_version {header.get('format_version')}, this version "
+                f"{folder / name}: format_version {header.get('format_version')!a}, this version "
                 f"reads {FORMAT_VERSION}; record the features again"
             )
-        tables[name] = {
-            column: torch.from_numpy(table[column].to_numpy().copy())
-            for column in table.column_names
-        }
+        tables[name] = table
         headers.append(header)
     found, frames = tables[ACTIVATIONS_FILE], tables[FRAMES_FILE]
     if headers[0] != headers[1]:
@@ -372,20 +378,64 @@ def read_record(folder: Path) -> FeatureRecord:
             f"{folder}: {ACTIVATIONS_FILE} and {FRAMES_FILE} are of different records; record the "
             "features again"
         )
-    header = headers[0]
-    return FeatureRecord(
-        frame=torch.repeat_interleave(
-            torch.arange(len(frames["n_active"]), dtype=torch.int32), frames["n_active"].long()
-        ),
-        token=found["token"],
-        latent=found["latent"],
-        value=found["value"],
-        episode_index=frames["episode"].long(),
-        frame_index=frames["frame"].long(),
-        n_latents=header["n_latents"],
-        positions=tuple(TokenPosition(**position) for position in header["positions"]),
-        metadata=header["metadata"],
-    )
+    header, n_active = headers[0], frames["n_active"].long()
+    try:
+        n_latents, metadata = header["n_latents"], header["metadata"]
+        positions = tuple(TokenPosition(**position) for position in header["positions"])
+        if type(n_latents) is not int or not 0 < n_latents <= MAX_LATENTS:
+            raise ValueError(f"n_latents is {n_latents!a}")
+        if not isinstance(metadata, dict):
+            raise ValueError(f"metadata is {metadata!a}")
+        for position in positions:
+            places = (position.row, position.column)
+            if not isinstance(position.name, str) or not all(
+                place is None or type(place) is int for place in places
+            ):
+                raise ValueError(f"a position is {position!a}")
+        if (n_active < 0).any() or int(n_active.sum()) != len(found["latent"]):
+            raise ValueError(
+                f"{FRAMES_FILE} counts {int(n_active.sum())} activations, {ACTIVATIONS_FILE} has "
+                f"{len(found['latent'])}"
+            )
+        return FeatureRecord(
+            frame=torch.repeat_interleave(torch.arange(len(n_active), dtype=torch.int32), n_active),
+            token=found["token"],
+            latent=found["latent"],
+            value=found["value"],
+            episode_index=frames["episode"].long(),
+            frame_index=frames["frame"].long(),
+            n_latents=n_latents,
+            positions=positions,
+            metadata=metadata,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: holds no record ({type(error).__name__}: {shorten(str(error), 300)}); "
+            "record the features again"
+        ) from error
+
+
+def _read_table(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a table's columns and what its header says of the record.
+
+    Raises:
+        ValueError: If it is damaged, or has other columns.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def refuse(problem: str) -> ValueError:
+        return ValueError(f"{path}: {problem}; record the features again")
+
+    try:
+        table = parquet.read_table(path)
+        kinds = {each.name: str(each.type) for each in table.schema}
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise refuse(f"is damaged ({shorten(str(error), 200)})") from error
+    if kinds != columns or any(table[name].null_count for name in columns):
+        raise refuse(f"has columns {kinds} instead of {dict(columns)}, all filled")
+    header = parse_json((table.schema.metadata or {}).get(_HEADER, b"{}"), refuse)
+    return {name: torch.from_numpy(table[name].to_numpy().copy()) for name in columns}, header
 
 
 def _digest(record: FeatureRecord) -> str:

@@ -6,21 +6,24 @@ both layouts are read, the newer one is written.
 """
 
 import json
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policies.act import ACT, ACTPolicy
+from policies.atomic_files import write_atomically
 from policies.interface import DataSchema
+from policies.json_files import read_json
 from policies.normalisation import AffineFeature
+from policies.safe_paths import inside
+from policies.tensor_files import load_tensors, save_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -29,6 +32,8 @@ POSTPROCESSOR_FILE = "policy_postprocessor.json"
 TRAIN_CONFIG_FILE = "train_config.json"
 RELATIVE_STEP = "relative_actions_processor"
 """LeRobot's processor step that subtracts the state from actions."""
+MAX_CAMERA_PX = 1 << 13
+"""Of a side of a picture; a config that asks for more is damaged."""
 LEROBOT_EPS = 1e-8
 """What LeRobot's normaliser adds to a standard deviation before dividing by it."""
 
@@ -185,7 +190,7 @@ def load_lerobot_act(
     if config.get("type", "act") != "act":
         raise LeRobotFormatError(
             folder / CONFIG_FILE,
-            f"type is {config['type']!r}, not 'act'",
+            f"type is {shorten(ascii(config['type']), 80)}, not 'act'",
             "Load it as one of LeRobot's own policies",
         )
     weights = read_safetensors(folder / WEIGHTS_FILE)
@@ -194,12 +199,14 @@ def load_lerobot_act(
     found = _legacy_statistics(legacy) or _processor_statistics(folder, preprocessor)
     # LeRobot scales as its processors say, whatever config.json says beside them.
     norm_map = _processor_norm_map(preprocessor)
+    with as_format_error(folder / PREPROCESSOR_FILE):
+        are_relative = has_relative_actions(preprocessor, folder)
     return act_from_lerobot(
         config if norm_map is None else {**config, "normalization_mapping": norm_map},
         {name: value for name, value in weights.items() if name not in legacy},
         found or statistics or {},
         folder,
-        relative_actions=has_relative_actions(preprocessor, folder),
+        relative_actions=are_relative,
         device=device,
     )
 
@@ -228,13 +235,16 @@ def act_from_lerobot(
     """
     config_file = source / CONFIG_FILE if source.is_dir() else source
     weights_file = source / WEIGHTS_FILE if source.is_dir() else source
-    inputs, action_dim = _features(config, config_file)
-    cameras = {
-        camera_name(key): [int(shape[1]), int(shape[2])]
-        for key, (kind, shape) in inputs.items()
-        if kind == "VISUAL"
-    }
-    dims = {key: int(shape[0]) for key, (kind, shape) in inputs.items() if kind != "VISUAL"}
+    with as_format_error(config_file):
+        inputs, action_dim = _features(config)
+        cameras = {
+            camera_name(key): [shape[1], shape[2]]
+            for key, (kind, shape) in inputs.items()
+            if kind == "VISUAL"
+        }
+        dims = {key: shape[0] for key, (kind, shape) in inputs.items() if kind != "VISUAL"}
+        modes = _normalisation_modes(config)
+        _check_settings(config, weights)
     if config.get("replace_final_stride_with_dilation"):
         raise LeRobotFormatError(
             config_file,
@@ -263,17 +273,20 @@ def act_from_lerobot(
             pre_norm=config.get("pre_norm", False),
             backbone=config.get("vision_backbone", "resnet18"),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise LeRobotFormatError(
-            config_file, f"cannot build an ACT from it ({error!r})", "Check the config"
+            config_file,
+            f"cannot build an ACT from it ({type(error).__name__}: {shorten(str(error), 300)})",
+            "Check the config",
         ) from error
     try:
         load_lerobot_weights(policy.network, weights)
     except ValueError as error:
         raise LeRobotFormatError(
-            weights_file, str(error), "The weights must belong to this config.json"
+            weights_file,
+            shorten(str(error), 1500),
+            "The weights must belong to this config.json",
         ) from error
-    modes = _normalisation_modes(config)
     if callable(statistics):
         kinds = {"ACTION", *(kind for kind, _ in inputs.values())}
         is_scaled = any(modes[kind] != "IDENTITY" for kind in kinds)
@@ -287,6 +300,57 @@ def act_from_lerobot(
         temporal_ensemble_coeff=config.get("temporal_ensemble_coeff"),
         config=config,
     )
+
+
+_SIZES = (
+    "chunk_size",
+    "n_action_steps",
+    "latent_dim",
+    "dim_model",
+    "n_heads",
+    "dim_feedforward",
+    "n_encoder_layers",
+    "n_decoder_layers",
+    "n_vae_encoder_layers",
+)
+_CHOICES = {
+    "use_vae": bool,
+    "pre_norm": bool,
+    "feedforward_activation": str,
+    "vision_backbone": str,
+    "dropout": float | int,
+    "temporal_ensemble_coeff": float | int | None,
+}
+
+
+def _check_settings(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Compare what a config says with the weights, before anything of its sizes is made.
+
+    Raises:
+        ValueError: Naming the first setting that cannot be.
+    """
+    largest = max((size for value in weights.values() for size in value.shape), default=0)
+    for name in _SIZES:
+        value = config.get(name, 1)
+        if type(value) is not int or not 0 < value <= largest:
+            raise ValueError(
+                f"{name} is {value!a}, and no axis of the weights is longer than {largest}"
+            )
+    for name, stack in (
+        ("n_encoder_layers", "encoder"),
+        ("n_decoder_layers", "decoder"),
+        ("n_vae_encoder_layers", "vae_encoder"),
+    ):
+        found = {
+            match[1]
+            for key in weights
+            if (match := re.match(rf"model\.{stack}\.layers\.(\d+)", key))
+        }
+        if name in config and found and config[name] != len(found):
+            raise ValueError(f"{name} is {config[name]}, and the weights have {len(found)}")
+    for name, kind in _CHOICES.items():
+        if name in config and not isinstance(config[name], kind):
+            raise ValueError(f"{name} is {config[name]!a}")
 
 
 def export_lerobot_act(
@@ -364,7 +428,7 @@ def export_lerobot_act(
         name: value.detach().cpu().float().contiguous()
         for name, value in network_to_lerobot(network).items()
     }
-    _write_safetensors(folder / WEIGHTS_FILE, weights)
+    save_tensors(folder / WEIGHTS_FILE, weights)
     _write_processors(policy, folder, features, action)
 
 
@@ -396,6 +460,7 @@ def export_problems(policy: ACTPolicy, temporal_ensemble_coeff: float | None = N
 
 
 _KINDS = ("VISUAL", "STATE", "ENV", "ACTION")
+_MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
 _LEGACY_PREFIXES = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
 
@@ -421,66 +486,127 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         LeRobotFormatError: If the file is missing or damaged.
     """
-    if not path.is_file():
-        raise LeRobotFormatError(path, "no such file", "Copy the whole policy folder again")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise LeRobotFormatError(
-            path, f"damaged safetensors file ({error})", "Copy or download it again"
-        ) from error
+    return load_tensors(path, lambda problem: LeRobotFormatError(path, problem, _COPY_AGAIN))
 
 
 def read_processor(path: Path) -> dict[str, Any] | None:
-    """Read a processor pipeline's JSON; None where the folder has none (before LeRobot 0.4)."""
-    return _read_json(path) if path.is_file() else None
+    """Read a processor pipeline's JSON; None where the folder has none (before LeRobot 0.4).
+
+    A step is known by its name in LeRobot's registry: one that names a class instead would have
+    LeRobot import and run whatever the folder's author chose.
+
+    Raises:
+        LeRobotFormatError: If it is damaged, a step has no such name, or a step's file lies
+            elsewhere.
+    """
+    if not path.is_file():
+        return None
+    pipeline = _read_json(path)
+    steps = pipeline.setdefault("steps", [])
+    if not (isinstance(steps, list) and all(isinstance(step, dict) for step in steps)):
+        raise LeRobotFormatError(path, "steps is no list of objects", _COPY_AGAIN)
+    for step in steps:
+        if not isinstance(step.get("registry_name"), str):
+            named = shorten(ascii(step.get("class", step.get("registry_name"))), 120)
+            raise LeRobotFormatError(
+                path,
+                f"a step has no registry_name but names {named}: it would run code that is not "
+                "LeRobot's",
+                "Run the policy in LeRobot itself, if you trust where it comes from",
+            )
+        if not isinstance(step.setdefault("config", {}), dict):
+            raise LeRobotFormatError(
+                path, f"config of {step['registry_name']!a} is no object", _COPY_AGAIN
+            )
+        if step.get("state_file") is not None:
+            state_file(path.parent, step)
+    return pipeline
+
+
+def state_file(folder: Path, step: Mapping[str, Any]) -> Path:
+    """The file with a processor step's tensors.
+
+    Raises:
+        LeRobotFormatError: If it lies outside the folder.
+    """
+
+    def refuse(problem: str) -> LeRobotFormatError:
+        return LeRobotFormatError(folder, f"state_file {problem}", "Do not trust this folder")
+
+    resolved = folder.resolve()
+    # The hub's cache links the files of a snapshot to blobs beside it.
+    is_snapshot = resolved.parent.name == "snapshots"
+    links_within = resolved.parents[1] if is_snapshot else None
+    return inside(folder, step["state_file"], refuse, links_within)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LeRobotFormatError(
-            path, f"no valid JSON ({error})", "Copy or download it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise LeRobotFormatError(path, "no JSON object", "Copy or download it again")
-    return value
+    return read_json(path, lambda problem: LeRobotFormatError(path, problem, _COPY_AGAIN))
 
 
-def _features(config: dict[str, Any], path: Path) -> tuple[dict[str, tuple[str, list[int]]], int]:
-    """Input feature key to (kind, shape), and the action's dimensions; newer and older configs."""
-    kinds = {"observation.state": "STATE", "observation.environment_state": "ENV"}
+_COPY_AGAIN = "Copy or download it again"
+
+
+@contextmanager
+def as_format_error(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with values of a wrong kind into one clear error.
+
+    Raises:
+        LeRobotFormatError: In place of any of them.
+    """
     try:
-        if "input_features" in config:
-            inputs = {
-                key: (value["type"], value["shape"])
-                for key, value in config["input_features"].items()
-            }
-            outputs = {key: value["shape"] for key, value in config["output_features"].items()}
-        else:
-            inputs = {
-                key: (kinds.get(key, "VISUAL"), shape)
-                for key, shape in config["input_shapes"].items()
-            }
-            outputs = config["output_shapes"]
-        return inputs, int(outputs["action"][0])
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        yield
+    except LeRobotFormatError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise LeRobotFormatError(
             path,
-            f"input_features or output_features are missing or malformed ({error!r})",
-            "Check the config",
-        ) from error
+            f"a value is missing or of a wrong kind ({type(e).__name__}: {shorten(str(e), 300)})",
+            "Check the file, or copy it again",
+        ) from e
+
+
+def _features(config: dict[str, Any]) -> tuple[dict[str, tuple[str, list[int]]], int]:
+    """Input feature key to (kind, shape), and the action's dimensions; newer and older configs.
+
+    Raises:
+        ValueError, KeyError, ...: If they are missing or malformed.
+    """
+    kinds = {"observation.state": "STATE", "observation.environment_state": "ENV"}
+    if "input_features" in config:
+        inputs = {
+            key: (value["type"], value["shape"]) for key, value in config["input_features"].items()
+        }
+        outputs = {key: value["shape"] for key, value in config["output_features"].items()}
+    else:
+        inputs = {
+            key: (kinds.get(key, "VISUAL"), shape) for key, shape in config["input_shapes"].items()
+        }
+        outputs = config["output_shapes"]
+    for key, (kind, shape) in {**inputs, "action": ("ACTION", outputs["action"])}.items():
+        n_axes, most = (3, MAX_CAMERA_PX) if kind == "VISUAL" else (1, 1 << 16)
+        sizes = [size for size in shape if type(size) is int and 0 < size <= most]
+        if kind not in _KINDS or len(shape) != n_axes or len(sizes) != n_axes:
+            raise ValueError(f"{key} is of type {kind!a} and shape {shape!a}")
+    return inputs, outputs["action"][0]
 
 
 def _processor_norm_map(preprocessor: dict[str, Any] | None) -> dict[str, str] | None:
-    for step in [] if preprocessor is None else preprocessor.get("steps", []):
-        if step.get("registry_name") == "normalizer_processor":
-            return step.get("config", {}).get("norm_map")
+    for step in [] if preprocessor is None else preprocessor["steps"]:
+        if step["registry_name"] == "normalizer_processor":
+            return step["config"].get("norm_map")
     return None
 
 
 def _normalisation_modes(config: dict[str, Any]) -> dict[str, str]:
+    modes = _chosen_modes(config)
+    for kind, mode in modes.items():
+        if mode not in _MODES:
+            raise ValueError(f"{kind} is scaled by {mode!a}, LeRobot's modes are {list(_MODES)}")
+    return modes
+
+
+def _chosen_modes(config: dict[str, Any]) -> dict[str, str]:
     mapping = config.get("normalization_mapping")
     if mapping is None:  # before LeRobot 0.2: one mode per feature
         modes = {
@@ -507,11 +633,10 @@ def has_relative_actions(preprocessor: dict[str, Any] | None, folder: Path) -> b
     Raises:
         LeRobotFormatError: If some dimensions are and others are not.
     """
-    steps = [] if preprocessor is None else preprocessor.get("steps", [])
-    for step in steps:
-        if step.get("registry_name") != RELATIVE_STEP:
+    for step in [] if preprocessor is None else preprocessor["steps"]:
+        if step["registry_name"] != RELATIVE_STEP:
             continue
-        settings = step.get("config", {})
+        settings = step["config"]
         excluded = settings.get("exclude_joints") if settings.get("action_names") else None
         if settings.get("enabled") and excluded:
             raise LeRobotFormatError(
@@ -538,16 +663,10 @@ def _processor_statistics(folder: Path, preprocessor: dict[str, Any] | None) -> 
     statistics: Statistics = {}
     postprocessor = read_processor(folder / POSTPROCESSOR_FILE)
     for pipeline in (preprocessor, postprocessor):
-        for step in [] if pipeline is None else pipeline.get("steps", []):
-            state_file = step.get("state_file")
-            if state_file is None or "normalizer" not in step.get("registry_name", ""):
+        for step in [] if pipeline is None else pipeline["steps"]:
+            if step.get("state_file") is None or "normalizer" not in step["registry_name"]:
                 continue
-            path = folder / state_file
-            if path.resolve().parent != folder.resolve():
-                raise LeRobotFormatError(
-                    folder, f"state_file {state_file!r} leaves the folder", "Do not trust it"
-                )
-            for name, value in read_safetensors(path).items():
+            for name, value in read_safetensors(state_file(folder, step)).items():
                 key, _, statistic = name.rpartition(".")
                 # Inputs are scaled by the first pipeline, actions scaled back by the second.
                 if pipeline is preprocessor or key == "action":
@@ -676,8 +795,8 @@ def _write_processors(
 
     normaliser_state = "policy_preprocessor_normalizer.safetensors"
     unnormaliser_state = "policy_postprocessor_unnormalizer.safetensors"
-    _write_safetensors(folder / normaliser_state, statistics)
-    _write_safetensors(folder / unnormaliser_state, statistics)
+    save_tensors(folder / normaliser_state, statistics)
+    save_tensors(folder / unnormaliser_state, statistics)
     relative = {
         "registry_name": RELATIVE_STEP,
         "config": {"enabled": True, "exclude_joints": [], "action_names": None},
@@ -711,16 +830,4 @@ def _write_processors(
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path)
-    apply_umask(path)
-
-
-def apply_umask(path: Path) -> None:
-    """Let a new file be read by whom the umask says; safetensors lets only its owner."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

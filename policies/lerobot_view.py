@@ -22,6 +22,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from policies.atomic_files import apply_umask
 from policies.backbones import to_unit_range
 from policies.checkpoint_files import CheckpointError
 from policies.interface import Batch, DataSchema, Observation
@@ -46,13 +47,14 @@ from policies.lerobot_format import (
     Statistics,
     StatisticsSource,
     act_from_lerobot,
-    apply_umask,
+    as_format_error,
     has_relative_actions,
     image_key,
     no_statistics,
     read_config,
     read_processor,
     read_safetensors,
+    state_file,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ CHECKPOINT_KEY = "lerobot"
 """Entry of our checkpoints that holds a LeRobot policy's ``config`` and ``statistics``."""
 POLICY_PREFIX = "policy."
 """Of the policy's weights in our checkpoints."""
+RUNS_FOREIGN_CODE = ("gaussian_actor", "groot", "pi0_fast", "wall_x")
+"""LeRobot's types that have transformers run Python files of repositories that the policy names."""
 
 
 class LeRobotPolicyView:
@@ -449,6 +453,7 @@ def load_lerobot_policy(
             statistics, or the policy needs packages that are not installed.
     """
     values = read_config(folder)
+    _refuse_foreign_code(values.get("type"), folder / CONFIG_FILE)
     weights = read_safetensors(folder / WEIGHTS_FILE)
     _refuse_legacy(weights, folder)
     config = config_from_dict(values, folder / CONFIG_FILE)
@@ -516,12 +521,15 @@ def lerobot_policy_from_checkpoint(
         raise CheckpointError(
             f"{path}: it holds no LeRobot policy; give a checkpoint of a LeRobotPolicyModule run"
         )
-    if saved["config"]["type"] == "act":
+    with as_format_error(path):
+        parts = {name: dict(saved[name]) for name in ("config", "statistics")}
+        _refuse_foreign_code(parts["config"]["type"], path)
+    if parts["config"]["type"] == "act":
         loaded = act_from_lerobot(
-            saved["config"], weights, saved["statistics"], path, device=device
+            parts["config"], weights, parts["statistics"], path, device=device
         )
         return loaded.policy, loaded.temporal_ensemble_coeff
-    config = config_from_dict(saved["config"], path)
+    config = config_from_dict(parts["config"], path)
     policy = build_policy(config)
     try:
         policy.load_state_dict(weights)
@@ -529,7 +537,7 @@ def lerobot_policy_from_checkpoint(
         raise CheckpointError(
             f"{path}: the weights do not fit the policy ({shorten(str(error), 400)})"
         ) from error
-    processors = processors_for(config, saved["statistics"])
+    processors = processors_for(config, parts["statistics"])
     return LeRobotPolicyView(policy.to(device).eval(), *processors), None
 
 
@@ -583,12 +591,12 @@ def _read_processors(
                 "no such file, but the other processor is there",
                 "Copy the whole policy folder again",
             )
-        steps = pipeline.get("steps", [])
-        for step in steps:
-            if step.get("state_file"):
-                read_safetensors(folder / step["state_file"])
+        _refuse_foreign_steps(pipeline, folder / name)
+        for step in pipeline["steps"]:
+            if step.get("state_file") is not None:
+                read_safetensors(state_file(folder, step))
         # A policy saved on a GPU must load without one.
-        moves = any(step.get("registry_name") == "device_processor" for step in steps)
+        moves = any(step["registry_name"] == "device_processor" for step in pipeline["steps"])
         overrides.append({"device_processor": {"device": "cpu"}} if moves else {})
     try:
         return make_pre_post_processors(
@@ -597,10 +605,59 @@ def _read_processors(
             preprocessor_overrides=overrides[0],
             postprocessor_overrides=overrides[1],
         )
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # each step has its own ways to refuse its settings
         raise LeRobotFormatError(
-            folder, f"LeRobot cannot read its processors ({error})", "Copy the whole folder again"
+            folder,
+            f"LeRobot cannot read its processors ({type(error).__name__}: "
+            f"{shorten(str(error), 300)})",
+            "Copy the whole folder again",
         ) from error
+
+
+def _refuse_foreign_code(policy_type: Any, source: Path) -> None:
+    """Refuse types that would run what a repository of the author's choice holds.
+
+    Raises:
+        LeRobotFormatError: Naming the type.
+    """
+    if policy_type in RUNS_FOREIGN_CODE:
+        raise LeRobotFormatError(
+            source,
+            f"LeRobot's {policy_type} runs Python code of repositories that this file names",
+            _TRUSTED,
+        )
+
+
+def _refuse_foreign_steps(pipeline: Mapping[str, Any], path: Path) -> None:
+    """Let only steps of LeRobot's own through, and none that runs code from elsewhere.
+
+    Raises:
+        LeRobotFormatError: Naming the step.
+    """
+    from lerobot.processor import ProcessorStepRegistry
+
+    known = ProcessorStepRegistry.list()
+    for step in pipeline["steps"]:
+        name = step["registry_name"]
+        if name not in known:
+            raise LeRobotFormatError(
+                path,
+                f"step {shorten(ascii(name), 80)} is unknown to the installed LeRobot",
+                "Install the version of LeRobot that wrote it",
+            )
+        step_class = ProcessorStepRegistry.get(name)
+        of_type = step_class.__module__.removeprefix("lerobot.policies.").partition(".")[0]
+        # LeRobot's default is to trust.
+        trusts = getattr(step_class, "trust_remote_code", False)
+        if of_type in RUNS_FOREIGN_CODE or step["config"].get("trust_remote_code", trusts):
+            raise LeRobotFormatError(
+                path, f"step {name!r} runs Python code of a repository that it names", _TRUSTED
+            )
+
+
+_TRUSTED = "Run the policy in LeRobot itself, if you trust where it comes from"
 
 
 def _common_streams(seed: int, n_samples: int, n_observations: int) -> list[torch.Generator]:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
 
 from policies.act import ACTPolicy
-from policies.checkpoint_files import CheckpointError, read_checkpoint
+from policies.checkpoint_files import CheckpointError, progress_of, read_checkpoint
 from policies.interface import DataSchema, DataStatistics, PolicyView
 from policies.lerobot_config import lerobot_statistics
 from policies.lerobot_format import (
@@ -125,11 +126,9 @@ def find_policy(policy_path: str, revision: str | None = None) -> Path:
                 return folder
         checkpoints = [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")]
         if checkpoints:
-            # A run's best checkpoint if it ranks them; of several the newest.
-            return max(
-                checkpoints,
-                key=lambda file: (file.name.startswith("best"), file.stat().st_mtime_ns),
-            )
+            # A run's best checkpoint if it ranks them; of several the one that got farthest.
+            best = [file for file in checkpoints if file.name.startswith("best")]
+            return max(best or checkpoints, key=progress_of)
         raise PolicyNotFoundError(
             f"{path}: holds neither {CONFIG_FILE} (a LeRobot policy) nor checkpoints/*.ckpt (a "
             "run of ours). Give the folder that does"
@@ -199,6 +198,13 @@ def policy_from_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> ACTPoli
         raise CheckpointError(
             f"{path}: it holds no ACT policy; give a checkpoint of an ActModule run"
         )
-    policy = ACTPolicy(**{key: value for key, value in arguments.items() if key in known})
-    policy.load_state_dict(weights)
+    try:
+        policy = ACTPolicy(**{key: value for key, value in arguments.items() if key in known})
+        policy.load_state_dict(weights)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its weights and its hyper-parameters make no ACT policy "
+            f"({type(error).__name__}: {shorten(str(error), 300)}); give a file as train.py "
+            "wrote it"
+        ) from error
     return policy

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from textwrap import shorten
 
+from policies.safe_paths import inside
 from rendering.report.records import RunRecord
 
 PHOTOGRAPH_BYTES_PER_PX = 0.75
@@ -77,15 +79,30 @@ class Encodings:
 
 
 def media_of(records: Sequence[RunRecord]) -> list[Medium]:
-    """List the files of runs that a page can show and that are there."""
+    """List the files of runs that a page can show and that are there.
+
+    Raises:
+        ValueError: If one lies outside its run's folder: a stranger's run could name any file, and
+            whoever gets the page would read it.
+    """
     found = [
-        Medium(number, step, kind, key, record.folder / path)
+        Medium(number, step, kind, key, _inside(record, kind, key, path))
         for number, record in enumerate(records)
         for step, kinds in sorted(record.media.items())
         for kind in KINDS
         for key, path in kinds.get(kind, {}).items()
     ]
     return [medium for medium in found if medium.path.is_file()]
+
+
+def _inside(record: RunRecord, kind: str, key: str, path: str) -> Path:
+    def refuse(problem: str) -> ValueError:
+        return ValueError(
+            f"{record.folder}: among its {kind}, {key!a} is no file of the run: {problem}; use "
+            "runs that you trust, with all files inside their own folder"
+        )
+
+    return inside(record.folder, path, refuse)
 
 
 def choose(
@@ -192,7 +209,13 @@ def _encode(medium: Medium) -> Embedded:
     content = medium.path.read_bytes()
     mime_type = mimetypes.guess_type(medium.path.name)[0] or "application/octet-stream"
     if medium.kind == "images":
-        smaller = webp(content)
+        try:
+            smaller = webp(content)
+        except Exception as error:  # each format has its own ways to be damaged
+            raise ValueError(
+                f"{medium.path}: the picture cannot be read ({type(error).__name__}: "
+                f"{shorten(str(error), 200)}); delete it, or draw it again"
+            ) from error
         if len(smaller) < len(content):
             content, mime_type = smaller, "image/webp"
     return Embedded(mime_type, base64.b64encode(content).decode("ascii"))

@@ -13,10 +13,9 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import train
-from callbacks.dashboard import Dashboard
+from callbacks.dashboard import ERROR_FILE, Dashboard
 from callbacks.loggers import read_metrics
 from callbacks.report import Report, read_run, write_report
-from callbacks.schedule import ERROR_FILE
 from callbacks.summary import REPORT_FILE, RunSummary
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

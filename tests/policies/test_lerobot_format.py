@@ -348,7 +348,7 @@ THREE_ACTIONS = {"action": {"type": "ACTION", "shape": [3]}}
 DAMAGES = {
     "no_statistics": (without_action_statistics, "no statistics for action"),
     "no_processors": (without_processors, "no statistics for observation.image .*action"),
-    "truncated": (truncated, "model.safetensors: damaged safetensors"),
+    "truncated": (truncated, "model.safetensors: is damaged"),
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such"),
     "unknown_tensor": (misnamed, "unknown tensor model.action_head.wieght"),
     "wrong_type": (config("type", "diffusion"), "type is 'diffusion', not 'act'"),
@@ -356,12 +356,15 @@ DAMAGES = {
         config("output_features", THREE_ACTIONS),
         "model.action_head.weight has shape",
     ),
-    "no_features": (config("input_features", None), "input_features or output_features"),
+    "no_features": (
+        config("input_features", None),
+        "config.json: a value is missing or of a wrong kind",
+    ),
     "no_config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "no_json": (lambda f: (f / "config.json").write_text("{"), "config.json: no valid JSON"),
+    "no_json": (lambda f: (f / "config.json").write_text("{"), "config.json: holds no JSON"),
     "heads": (config("n_heads", 5), "cannot build an ACT"),
     "dilation": (config("replace_final_stride_with_dilation", True), "dilation"),
-    "outside": (outside, "leaves the folder"),
+    "outside": (outside, "leads out of"),
     "partly_relative": (partly_relative, r"some dimensions only \(not in \['gripper'\]\)"),
     "other_statistics": (
         lambda f: edit_tensors(

@@ -417,8 +417,8 @@ DAMAGES = {
     ),
     "misnamed": (misnamed, "diffusion.wrong"),
     "other_size": (config("down_dims", [16, 16]), "model.safetensors: .*size mismatch"),
-    "truncated": (truncated("model.safetensors"), "model.safetensors: damaged"),
-    "truncated_statistics": (truncated("policy_pre*.safetensors"), "normalizer.*damaged"),
+    "truncated": (truncated("model.safetensors"), "model.safetensors: is damaged"),
+    "truncated_statistics": (truncated("policy_pre*.safetensors"), "normalizer.*is damaged"),
     "no_processor": (
         lambda f: (f / "policy_preprocessor.json").unlink(),
         "policy_preprocessor.json: no such file.*Copy the whole policy folder",
