@@ -35,7 +35,7 @@ class ChunkDataset(Dataset[Batch]):
             an episode are padded with its first action.
 
     Raises:
-        ValueError: When no sample remains.
+        ValueError: When no sample remains, or one would have no action but padding.
     """
 
     def __init__(
@@ -72,6 +72,17 @@ class ChunkDataset(Dataset[Batch]):
         self._first: Int64[Tensor, " sample"] = torch.cat(first).to(device)
         self._last: Int64[Tensor, " sample"] = torch.cat(last).to(device)
         self._numbers: Int64[Tensor, " sample"] = torch.cat(numbers).to(device)
+        beyond = self._frames + action_start > self._last
+        beyond |= self._frames + action_start + chunk_size <= self._first
+        if beyond.any():
+            at = int(beyond.nonzero()[0])
+            raise ValueError(
+                f"frame {int(self._frames[at] - self._first[at])} of episode "
+                f"{int(self._numbers[at])} would be followed by nothing but padding, with "
+                f"action_start {action_start} and chunk_size {chunk_size}: choose an action_start "
+                f"above {-chunk_size}, and at most drop_n_last_frames, which is "
+                f"{drop_n_last_frames}"
+            )
         self._ahead = torch.arange(action_start, action_start + chunk_size, device=device)
         self._back = torch.arange(1 - n_obs_steps, 1, device=device)
 

@@ -19,6 +19,10 @@ from datamodules.progress import progress_bar
 MIN_VIDEO_PX = 32
 """SVT-AV1, LeRobot's encoder, ends the process on narrower or lower pictures."""
 
+FILE_VERSION = ("v110", "v110")
+"""Of HDF5, readable since 1.10 (2016): its own structures have checksums, and small data sets cost
+no tree of chunks."""
+
 _PSNR_FRAMES = 24
 _HDF5_SUFFIXES = (".hdf5", ".h5")
 _DEMOS_FILE = "demos.hdf5"
@@ -307,8 +311,10 @@ def write_lerobot(
         _write_lerobot(source, building, repo_id, rate, features, keys, video, task, progress)
         _check_columns(source, LeRobotDemonstrations(str(building)), building)
 
-    _check_target(source.name, folder)
-    _build(folder, write, overwrite, replaceable=lambda there: (there / "meta/info.json").is_file())
+    refuse_overlap(source.name, folder)
+    build_beside(
+        folder, write, overwrite, replaceable=lambda there: (there / "meta/info.json").is_file()
+    )
     made = LeRobotDemonstrations(str(folder))
     return _conversion(source, made, folder, notes)
 
@@ -417,7 +423,7 @@ def write_demos(
     def write(building: Path) -> None:
         with (
             progress_bar("Writing frames", total * len(source.cameras), progress) as advance,
-            h5py.File(building, "w") as opened,
+            h5py.File(building, "w", libver=FILE_VERSION) as opened,
         ):
             rate = source.fps if fps is None else fps
             if rate is not None:
@@ -433,7 +439,7 @@ def write_demos(
                     group.attrs["task"] = said
                 for name, path in paths.items():
                     if name in columns:
-                        group[path] = episode.columns[name]
+                        group.create_dataset(path, data=episode.columns[name], fletcher32=True)
                 for name, size in source.cameras.items():
                     pictures = group.create_dataset(
                         places[name],
@@ -442,6 +448,7 @@ def write_demos(
                         chunks=(1, *size, 3),
                         compression="gzip",
                         compression_opts=1,
+                        fletcher32=True,
                     )
                     frames = range(episode.length)
                     for step, picture in enumerate(source.pictures(name, position, frames)):
@@ -449,8 +456,8 @@ def write_demos(
                         advance(1)
         _check_columns(source, HDF5Demonstrations(building), building)
 
-    _check_target(source.name, file)
-    _build(file, write, overwrite, replaceable=lambda there: there.is_file())
+    refuse_overlap(source.name, file)
+    build_beside(file, write, overwrite, replaceable=lambda there: there.is_file())
     return _conversion(source, HDF5Demonstrations(file), file, notes)
 
 
@@ -482,14 +489,14 @@ def _whole_fps(source: Demonstrations, fps: float | None) -> int:
     return int(rate)
 
 
-def _check_target(source: str, target: Path) -> None:
+def refuse_overlap(source: str, target: Path) -> None:
     """Refuse to write over, into or around the source."""
     read, written = Path(source).expanduser().resolve(), target.resolve()
     if read == written or read in written.parents or written in read.parents:
         raise ValueError(f"{target}: overlaps the source {source}; choose another --output_dir")
 
 
-def _build(
+def build_beside(
     target: Path,
     write: Callable[[Path], None],
     overwrite: bool,

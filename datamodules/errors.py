@@ -7,6 +7,8 @@ from pathlib import Path
 
 _SHOWN_ALIKE = 3
 """Problems of one kind that are spelt out; the others are counted."""
+_SHOWN_CHARACTERS = 500
+"""Of a key, or of what was found there."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,14 @@ class Problem:
     """Problems of the same kind are counted together when there are many."""
 
     def __str__(self) -> str:
-        where = f"{self.file}: {self.key}" if self.key else self.file
-        return f"{where}: {self.what}. Mend: {self.mend}."
+        where = f"{self.file}: {_shown(self.key)}" if self.key else self.file
+        return f"{where}: {_shown(self.what)}. Mend: {_shown(self.mend)}."
+
+
+def _shown(text: str) -> str:
+    """What a stranger wrote into a file, for a terminal: one line of bounded length."""
+    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:_SHOWN_CHARACTERS])
+    return plain if len(text) <= _SHOWN_CHARACTERS else f"{plain}... ({len(text)} characters)"
 
 
 class DatasetError(ValueError):
@@ -61,7 +69,8 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
         alike = list(group)
         lines += [str(problem) for problem in alike[:_SHOWN_ALIKE]]
         if len(alike) > _SHOWN_ALIKE:
-            lines.append(f"... and {len(alike) - _SHOWN_ALIKE} more of this kind ({kind[0]})")
+            more = len(alike) - _SHOWN_ALIKE
+            lines.append(f"... and {more} more of this kind ({_shown(kind[0])})")
     return lines
 
 

@@ -5,7 +5,8 @@ and writes slices in any order; the store lies in RAM, in a memory-mapped folder
 open without touching the source, or on a GPU.
 
 A cache folder is complete or absent: it is built under a temporary name, fsynced and renamed,
-while a lock keeps a second run waiting.
+while a lock keeps a second run waiting. Its ``store.json`` holds a checksum of every file, which
+:mod:`datamodules.verify` compares when it is asked to, and no run does.
 """
 
 import fcntl
@@ -15,6 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,15 +26,15 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from datamodules.checksums import CACHE_MANIFEST, cache_checksum
 from datamodules.progress import progress_bar
 from policies.atomic_files import sync
+from policies.json_files import read_json
 
 Storage = Literal["ram", "memmap", "gpu"]
 
 CODE_VERSION = 1
 """Part of the cache key: raise it when the same source would be stored differently."""
-
-_MANIFEST = "store.json"
 
 
 @dataclass(frozen=True)
@@ -367,7 +369,7 @@ def _map(
 
 def _open(folder: Path, shapes: StoreShapes) -> FrameStore | None:
     """Open a complete cache; None when there is none, or its files were cut since."""
-    if not (folder / _MANIFEST).is_file():
+    if not (folder / CACHE_MANIFEST).is_file():
         return None
     for file, shape, dtype in _files(folder, shapes).values():
         expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -380,18 +382,42 @@ def _open(folder: Path, shapes: StoreShapes) -> FrameStore | None:
 def _build(
     folder: Path, shapes: StoreShapes, fill: Fill, identity: Mapping, progress: bool
 ) -> None:
-    folder.mkdir()
-    for file, shape, dtype in _files(folder, shapes).values():
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        with file.open("wb") as handle:
-            # Writing to a map of a full disk kills the process, so ask for the space first.
-            if size:
-                os.posix_fallocate(handle.fileno(), 0, size)
+    files = _files(folder, shapes).values()
+    with _naming_cache(folder.parent):
+        folder.mkdir()
+        for file, shape, dtype in files:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            with file.open("wb") as handle:
+                # Writing to a map of a full disk kills the process, so ask for the space first.
+                if size:
+                    os.posix_fallocate(handle.fileno(), 0, size)
     _fill(shapes, *_map(folder, shapes, "r+"), fill, progress)
-    manifest = {"code": CODE_VERSION, "shapes": asdict(shapes), "identity": dict(identity)}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for file in (*folder.iterdir(), folder):
-        sync(file)
+    with _naming_cache(folder.parent):
+        manifest = {
+            "code": CODE_VERSION,
+            "shapes": asdict(shapes),
+            "identity": dict(identity),
+            "files": {file.name: cache_checksum(file) for file, *_ in files},
+        }
+        (folder / CACHE_MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for file in (*folder.iterdir(), folder):
+            sync(file)
+
+
+@contextmanager
+def _naming_cache(root: Path) -> Iterator[None]:
+    """Say what to do about a disk that takes no more.
+
+    Raises:
+        ValueError: In place of the error of the system.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"the frame cache {root} cannot be written ({error.strerror or error}); free space "
+            "there, or choose another cache_dir or a smaller image_size"
+        ) from error
 
 
 def _sweep(root: Path, key: str, identity: Mapping) -> None:
@@ -401,11 +427,27 @@ def _sweep(root: Path, key: str, identity: Mapping) -> None:
     source = identity.get("source")
     if not source:
         return
-    for manifest in root.glob(f"*/{_MANIFEST}"):
+    for manifest in root.glob(f"*/{CACHE_MANIFEST}"):
         try:
-            other = json.loads(manifest.read_text())["identity"].get("source") or []
-        except (OSError, ValueError, KeyError):
+            other = _source_of(manifest)
+        except ValueError as error:
+            # Another run may be deleting it.
+            if manifest.is_file():
+                print(f"{error}; it is left alone, and can be deleted.", file=sys.stderr)
             continue
         same_files = [entry[0] for entry in other] == [entry[0] for entry in source]
         if same_files and other != [list(entry) for entry in source]:
             shutil.rmtree(manifest.parent, ignore_errors=True)
+
+
+def _source_of(manifest: Path) -> list[list]:
+    """Files that another cache was filled from.
+
+    Raises:
+        ValueError: When its manifest is damaged.
+    """
+    identity = read_json(manifest).get("identity")
+    source = identity.get("source", []) if isinstance(identity, dict) else None
+    if not isinstance(source, list) or not all(isinstance(e, list) and e for e in source):
+        raise ValueError(f"{manifest}: lists no source files")
+    return source

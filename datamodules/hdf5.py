@@ -1,10 +1,12 @@
 """Demonstrations in HDF5 files, or made on demand, as batches."""
 
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from datamodules.base import DemonstrationDataModule, Source
+from datamodules.errors import problem_lines
 from datamodules.frame_store import FrameWriter, Storage
 from datamodules.hdf5_frames import fill_store
 from datamodules.layouts import HDF5Schema
@@ -126,6 +128,13 @@ class HDF5DataModule(DemonstrationDataModule):
             path = Path(self.path)
         scan = scan_hdf5(path, self.layout, self.schema)
         scan.require_usable(self.skip_bad_episodes)
+        bad = {problem.episode for problem in scan.problems if problem.episode is not None}
+        if bad:
+            warnings.warn(
+                f"{path}: {len(bad)} of {len(bad) + len(scan.episodes)} episodes are left out "
+                f"(skip_bad_episodes): {problem_lines(scan.problems)[0]}",
+                stacklevel=2,
+            )
         return scan
 
     def describe(self) -> Source:

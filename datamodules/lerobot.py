@@ -31,6 +31,7 @@ from datamodules.lerobot_files import (
     refusal,
 )
 from datamodules.sampling import EpochBatchSampler
+from datamodules.scan import CAMERA_NAME
 from datamodules.statistics import IMAGE_SAMPLE_FRAMES, compute_statistics
 from datamodules.streaming import StreamDataset, StreamSampler
 from policies.interface import DataSchema, DataStatistics
@@ -397,6 +398,10 @@ def name_cameras(folder: Folder, chosen: Sequence[str] | None = None) -> dict[st
     named: dict[str, str] = {}
     for key in folder.cameras:
         name = camera_name(key)
+        if not CAMERA_NAME.fullmatch(name):
+            what = "cannot name a camera (files are named after it)"
+            mend = "rename the feature; use letters, digits, '_', '-' and '.'"
+            raise refusal(file, f"features.{key}", what, mend)
         if name in named:
             what = f"{named[name]} and {key} would both be called {name!r}"
             raise refusal(file, "features", what, "rename one, or load one with camera_names:")

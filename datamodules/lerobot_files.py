@@ -11,13 +11,12 @@ episodes.
 """
 
 import hashlib
-import json
 import os
 import re
 import string
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +26,9 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
 from datamodules.errors import DatasetError, Problem
-from datamodules.scan import decode_picture
+from datamodules.scan import PICTURE_LIMIT_PX, decode_picture
+from policies.json_files import parse_json
+from policies.safe_paths import inside
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,13 +44,18 @@ ENVIRONMENT_STATE = "observation.environment_state"
 SIMULATOR_STATE = "observation.simulator_state"
 
 _AGAIN = "download or copy the data set again"
+_OWN_FOLDER = "use data sets that you trust, with all files inside their own folder"
 _LEAVE_OUT = "leave the episode out with episodes:, or record it again"
 _V30_TAG = "v3.0"
+_VERSIONS = ("v3.0",)
+"""Of the format, that are read. A later one may mean something else by the same names."""
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _TEMPLATE_FIELDS = {"video_key", "chunk_index", "file_index"}
 _DEFAULT_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _DEFAULT_VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _SEEK_AHEAD_FRAMES = 64
+_LAST_S = 1e9
+"""Of a film: thirty years, beyond which the decoder's whole numbers end."""
 _PNG_SLAB = 64
 
 
@@ -149,6 +155,40 @@ class Tables:
 def refusal(file: Path | str, key: str, what: str, mend: str) -> DatasetError:
     """An error of one problem."""
     return DatasetError(file, [Problem(str(file), key, what, mend)])
+
+
+@contextmanager
+def _naming_damage(file: Path, key: str, what: str) -> Iterator[None]:
+    """Name file and key, whatever pyarrow or a strange value raises.
+
+    Args:
+        file: Where the values come from.
+        key: Which of them, as far as that is known here.
+        what: What they would be, completing "is no ...".
+
+    Raises:
+        DatasetError: In place of the other error.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except DatasetError:
+        raise
+    except (
+        pa.ArrowException,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise refusal(file, key, f"is damaged or no {what} ({reason})", _AGAIN) from error
 
 
 def is_hub_id(name: str) -> bool:
@@ -263,13 +303,12 @@ def read_folder(root: Path, name: str | None = None) -> Folder:
     """
     name = str(root) if name is None else name
     file = root / INFO
-    try:
+    _Links(root).check(file)
+    with _naming_damage(file, "", "readable JSON"):
         content = file.read_bytes()
-        info = json.loads(content)
-    except (OSError, ValueError) as error:
-        raise refusal(file, "", f"is not readable JSON ({error})", _AGAIN) from error
+    info = parse_json(content, lambda what: refusal(file, "", what, _AGAIN))
     _check_version(info, file, root)
-    try:
+    with _naming_damage(file, "features", "description of features"):
         features = {
             str(key): (
                 str(feature["dtype"]),
@@ -279,33 +318,33 @@ def read_folder(root: Path, name: str | None = None) -> Folder:
             )
             for key, feature in info["features"].items()
         }
+    with _naming_damage(file, "fps", "control frequency"):
         fps = float(info["fps"])
-        data_path = str(info.get("data_path") or _DEFAULT_DATA_PATH)
-        video_path = str(info.get("video_path") or _DEFAULT_VIDEO_PATH)
-        splits = {str(part): str(span) for part, span in (info.get("splits") or {}).items()}
         if not (fps > 0 and np.isfinite(fps)):
             raise ValueError(f"fps is {fps}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"lacks an entry or holds a wrong one ({error!r})"
-        raise refusal(file, "", what, _AGAIN) from error
+    data_path = str(info.get("data_path") or _DEFAULT_DATA_PATH)
+    video_path = str(info.get("video_path") or _DEFAULT_VIDEO_PATH)
+    with _naming_damage(file, "splits", "table of splits"):
+        splits = {str(part): str(span) for part, span in (info.get("splits") or {}).items()}
     notes: list[str] = []
-    cameras = {
-        key: camera
-        for key, feature in features.items()
-        if (camera := _camera(key, *feature, file=file, notes=notes)) is not None
-    }
-    vectors = {
-        key: shape[0] if shape else 1
-        for key, (dtype, shape, *_) in features.items()
-        if dtype.startswith(("float", "int", "uint", "bool")) and len(shape) <= 1
-    }
+    with _naming_damage(file, "features", "description of features"):
+        cameras = {
+            key: camera
+            for key, feature in features.items()
+            if (camera := _camera(key, *feature, file=file, notes=notes)) is not None
+        }
+        vectors = {
+            key: _dimensions(file, key, shape)
+            for key, (dtype, shape, *_) in features.items()
+            if dtype.startswith(("float", "int", "uint", "bool")) and len(shape) <= 1
+        }
     paths = _Paths(root, file, data_path, video_path)
     rows, tables = _episode_rows(root, [key for key in cameras if cameras[key].kind == "video"])
-    episodes = _entries(rows, cameras, paths, root)
+    place = root / "meta" / "episodes"
+    with _naming_damage(place, "", "table of episodes"):
+        episodes = _entries(rows, cameras, paths, place)
     if not episodes:
-        raise refusal(
-            root / "meta" / "episodes", "", "lists no episode", "record at least one, or " + _AGAIN
-        )
+        raise refusal(place, "", "lists no episode", "record at least one, or " + _AGAIN)
     digest = hashlib.sha256(content)
     for table in tables:
         digest.update(table.read_bytes())
@@ -339,11 +378,13 @@ def _disagreements(info: Mapping[str, Any], episodes: Mapping[int, EpisodeEntry]
     ]
 
 
-def _check_version(info: Any, file: Path, root: Path) -> None:
-    version = str(info.get("codebase_version", "")) if isinstance(info, dict) else ""
-    if version.startswith("v3."):
+def _check_version(info: Mapping[str, Any], file: Path, root: Path) -> None:
+    version = str(info.get("codebase_version", ""))
+    if version in _VERSIONS:
         return
     mend = _AGAIN
+    if version.startswith("v"):
+        mend = f"fetch the revision {_V30_TAG}, or read it with a version that knows it"
     if version.startswith(("v1.", "v2.")):
         mend = (
             "convert it with LeRobot's own converter: python -m "
@@ -352,7 +393,16 @@ def _check_version(info: Any, file: Path, root: Path) -> None:
         )
         if not version.startswith("v2.1"):
             mend += " (from v2.1 on; bring an older one to v2.1 with an older LeRobot first)"
-    raise refusal(file, "codebase_version", f"is {version!r}; supported is v3.x", mend)
+    raise refusal(
+        file, "codebase_version", f"is {version!r}; supported is {', '.join(_VERSIONS)}", mend
+    )
+
+
+def _dimensions(file: Path, key: str, shape: tuple[int, ...]) -> int:
+    dim = shape[0] if shape else 1
+    if dim < 1:
+        raise refusal(file, f"features.{key}.shape", f"is {shape}", "declare at least one number")
+    return dim
 
 
 def _camera(
@@ -376,6 +426,9 @@ def _camera(
     named = list(names) if isinstance(names, list | tuple) else []
     channels_last = str(named[2]).startswith("channel") if len(named) == 3 else shape[2] == 3
     height, width, channels = shape if channels_last else (shape[1], shape[2], shape[0])
+    if height * width > PICTURE_LIMIT_PX:
+        what = f"pictures of {height} x {width} px, above {PICTURE_LIMIT_PX} px in all"
+        raise refusal(file, f"features.{key}.shape", what, "repair the shape in meta/info.json")
     if channels != 3:
         notes.append(f"{key} has {channels} channel(s) instead of RGB and is left out")
         return None
@@ -383,16 +436,40 @@ def _camera(
     return CameraFeature(key, "image" if dtype == "image" else "video", height, width, codec)
 
 
+class _Links:
+    """Looks where the symbolic links of a data set lead."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        resolved = root.resolve()
+        # The hub's cache links the files of a snapshot to blobs beside it.
+        self._within = resolved.parents[1] if resolved.parent.name == "snapshots" else resolved
+
+    def path(self, relative: str, error: Callable[[str], ValueError]) -> Path:
+        """The path of a name in the data set.
+
+        Raises:
+            ValueError: Made by ``error``, when it leads out.
+        """
+        return inside(self._root, relative, error, self._within)
+
+    def check(self, file: Path) -> None:
+        """Check a file that was found in the folder.
+
+        Raises:
+            DatasetError: When it is a link out of the data set.
+        """
+        relative = file.relative_to(self._root).as_posix()
+        self.path(relative, lambda what: refusal(file, "", what, _OWN_FOLDER))
+
+
 class _Paths:
     """Turns the templates of ``meta/info.json`` into paths that stay inside the data set."""
 
     def __init__(self, root: Path, file: Path, data_path: str, video_path: str) -> None:
-        self._root = root
+        self._links = _Links(root)
         self._file = file
         self._templates = {"data_path": data_path, "video_path": video_path}
-        resolved = root.resolve()
-        # The hub's cache links the files of a snapshot to blobs beside it.
-        self._inside = resolved.parents[1] if resolved.parent.name == "snapshots" else resolved
         for key, template in self._templates.items():
             self._check(key, template)
 
@@ -421,21 +498,14 @@ class _Paths:
     def _fill(self, key: str, **values: Any) -> Path:
         try:
             relative = self._templates[key].format(**values)
-        except (KeyError, ValueError) as error:
+        except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
             what = f"is {self._templates[key]!r}, which does not fit {values} ({error!r})"
             raise refusal(self._file, key, what, _AGAIN) from error
-        path = self._root / relative
-        inside = ".." not in Path(relative).parts and "\0" not in relative
-        if not inside or not path.resolve().is_relative_to(self._inside):
-            what = f"leads to {relative!r}, outside the data set"
-            mend = "use data sets that you trust, with all files inside their own folder"
-            raise refusal(self._file, key, what, mend)
-        return path
+        return self._links.path(relative, lambda what: refusal(self._file, key, what, _OWN_FOLDER))
 
 
 def _episode_rows(root: Path, videos: Sequence[str]) -> tuple[list[dict[str, Any]], list[Path]]:
     """Rows of all tables in ``meta/episodes``, without the statistics."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     needed = ["episode_index", "length", "data/chunk_index", "data/file_index"]
@@ -446,26 +516,24 @@ def _episode_rows(root: Path, videos: Sequence[str]) -> tuple[list[dict[str, Any
     if not tables:
         raise refusal(root / "meta" / "episodes", "", "holds no table of episodes", _AGAIN)
     rows: list[dict[str, Any]] = []
+    links = _Links(root)
     for table in tables:
-        try:
-            with pq.ParquetFile(table) as opened:
-                held = set(opened.schema_arrow.names)
-                missing = [key for key in needed if key not in held]
-                if missing:
-                    raise refusal(table, missing[0], "missing column", _AGAIN)
-                optional = [key for key in ("tasks",) if key in held]
-                rows += opened.read(columns=[*needed, *optional]).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise refusal(table, "", _unreadable(error), _AGAIN) from error
+        links.check(table)
+        with _naming_damage(table, "", "parquet file"), pq.ParquetFile(table) as opened:
+            held = set(opened.schema_arrow.names)
+            missing = [key for key in needed if key not in held]
+            if missing:
+                raise refusal(table, missing[0], "missing column", _AGAIN)
+            optional = [key for key in ("tasks",) if key in held]
+            rows += opened.read(columns=[*needed, *optional]).to_pylist()
     return rows, tables
 
 
 def _entries(
-    rows: list[dict[str, Any]], cameras: Mapping[str, CameraFeature], paths: _Paths, root: Path
+    rows: list[dict[str, Any]], cameras: Mapping[str, CameraFeature], paths: _Paths, place: Path
 ) -> dict[int, EpisodeEntry]:
     films = [key for key, camera in cameras.items() if camera.kind == "video"]
     entries: dict[int, EpisodeEntry] = {}
-    place = root / "meta" / "episodes"
     for row in rows:
         number, length = row["episode_index"], row["length"]
         if not isinstance(number, int) or number < 0 or number in entries:
@@ -473,11 +541,20 @@ def _entries(
         if not isinstance(length, int) or length < 1:
             what = f"episode {number} has the length {length!r}"
             raise refusal(place, "length", what, _AGAIN)
+        for key in ("data/chunk_index", "data/file_index"):
+            if not isinstance(row[key], int):
+                what = f"is {row[key]!r} for episode {number}, no number of a file"
+                raise refusal(place, key, what, _AGAIN)
         videos: dict[str, VideoSpan] = {}
         for key in films:
             chunk, file = row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]
             from_s = row[f"videos/{key}/from_timestamp"]
-            if chunk is None or file is None or from_s is None:
+            if (
+                not isinstance(chunk, int)
+                or not isinstance(file, int)
+                or not isinstance(from_s, int | float)
+                or not 0 <= from_s < _LAST_S
+            ):
                 what = f"episode {number} has no film of this camera"
                 raise refusal(place, f"videos/{key}", what, _AGAIN)
             videos[key] = VideoSpan(paths.video(key, chunk, file), float(from_s))
@@ -497,15 +574,10 @@ def _masks(
     masks = {}
     for part, spellings in (("train", ("train",)), ("val", ("val", "validation"))):
         span = next((splits[name] for name in spellings if name in splits), "")
-        if match := re.fullmatch(r"(\d+):(\d+)", span):
+        if match := re.fullmatch(r"(\d{1,18}):(\d{1,18})", span):
             start, stop = int(match[1]), int(match[2])
             masks[part] = tuple(number for number in episodes if start <= number < stop)
     return masks
-
-
-def _unreadable(error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"is damaged or no parquet file ({reason})"
 
 
 def missing_files(folder: Folder, episodes: Sequence[int], cameras: Sequence[str]) -> list[Problem]:
@@ -566,27 +638,27 @@ def _read_table(
     problems: list[Problem],
     not_finite: dict[str, int],
 ) -> None:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = ["episode_index", "frame_index", "timestamp"]
-    try:
-        with pq.ParquetFile(file) as opened:
-            held = set(opened.schema_arrow.names)
-            absent = [key for key in (*names, *keys) if key not in held]
-            if absent:
-                what = f"missing column; the table has {', '.join(sorted(held))}"
-                raise refusal(file, absent[0], what, _AGAIN)
-            table = opened.read(columns=[*names, *keys])
-    except (pa.ArrowException, OSError) as error:
-        raise refusal(file, "", _unreadable(error), _AGAIN) from error
-    numbers, frames, timestamps = (
-        _vector(table.column(name), 1, file, name)[:, 0] for name in names
-    )
-    values = {
-        key: _vector(table.column(key), folder.vectors[key], file, key).astype(np.float32)
-        for key in keys
-    }
+    with _naming_damage(file, "", "parquet file"), pq.ParquetFile(file) as opened:
+        held = set(opened.schema_arrow.names)
+        absent = [key for key in (*names, *keys) if key not in held]
+        if absent:
+            what = f"missing column; the table has {', '.join(sorted(held))}"
+            raise refusal(file, absent[0], what, _AGAIN)
+        table = opened.read(columns=[*names, *keys])
+    columns = {}
+    for key in (*names, *keys):
+        with _naming_damage(file, key, "column of numbers"):
+            dim = 1 if key in names else folder.vectors[key]
+            columns[key] = _vector(table.column(key), dim, file, key)
+    numbers, frames, timestamps = (columns[name][:, 0] for name in names)
+    for name, values in (("episode_index", numbers), ("frame_index", frames)):
+        if not np.isfinite(values).all():
+            raise refusal(file, name, "has rows without a number", _AGAIN)
+    with np.errstate(over="ignore"):
+        values = {key: columns[key].astype(np.float32) for key in keys}
     # Rows of one episode lie together, so that the borders are where the number changes.
     borders = np.flatnonzero(np.diff(numbers)) + 1
     starts = np.concatenate([[0], borders]).astype(int)
@@ -727,11 +799,13 @@ class PictureReader:
     ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
         file = episode.entry.data_file
         if self._pictures is None or self._pictures.file != file:
-            self._pictures = _TablePictures(file, self.camera.key)
+            with _naming_damage(file, self.camera.key, "parquet file"):
+                self._pictures = _TablePictures(file, self.camera.key)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for start in range(0, len(frames), _PNG_SLAB):
                 slab = frames[start : start + _PNG_SLAB]
-                encoded = self._pictures.rows([episode.first_row + frame for frame in slab])
+                with _naming_damage(file, self.camera.key, "parquet file"):
+                    encoded = self._pictures.rows([episode.first_row + frame for frame in slab])
                 futures = [pool.submit(self._decode, data) for data in encoded]
                 for frame, future in zip(slab, futures, strict=True):
                     try:
@@ -745,9 +819,11 @@ class PictureReader:
                         raise DatasetError(file, [problem]) from error
                     yield picture
 
-    def _decode(self, data: bytes | None) -> UInt8[np.ndarray, "height width 3"]:
+    def _decode(self, data: object) -> UInt8[np.ndarray, "height width 3"]:
         if data is None:
             raise ValueError("no embedded picture, only a path to one")
+        if not isinstance(data, bytes):
+            raise ValueError(f"a value of the type {type(data).__name__}, not a picture")
         picture = decode_picture(data)
         self._check_size(picture)
         return picture
@@ -770,22 +846,64 @@ class _FilmError(Exception):
         self.mend = mend
 
 
+def _film_errors() -> tuple[type[Exception], ...]:
+    """What PyAV raises when a film is damaged; which one depends on the place of the damage."""
+    from av.error import FFmpegError
+
+    return (
+        FFmpegError,
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+
+
+def _open_film(file: Path) -> "tuple[InputContainer, VideoStream]":
+    """Open an mp4 whose film can be decoded.
+
+    Raises:
+        _FilmError: When it cannot.
+    """
+    import av
+
+    try:
+        container = av.open(str(file))
+    except _film_errors() as error:
+        raise _FilmError(f"no readable film ({_reason(error)}); it may be truncated") from error
+    if not container.streams.video:
+        container.close()
+        raise _FilmError("no readable film (it holds no pictures); it may be truncated")
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    # PyAV decodes such a stream through a null pointer, which ends the process.
+    if context is None:
+        container.close()
+        raise _FilmError("no readable film (its header names no known codec)")
+    if context.width * context.height > PICTURE_LIMIT_PX:
+        size = f"{context.width} x {context.height} px"
+        container.close()
+        raise _FilmError(f"no readable film (its header says {size})")
+    return container, stream
+
+
 class _Film:
     """One mp4, decoded forwards; it seeks backwards, and over long gaps."""
 
     def __init__(self, file: Path, fps: float) -> None:
-        import av
-        from av.error import FFmpegError
         from av.video.reformatter import VideoReformatter
 
         self.file = file
-        try:
-            self._container: InputContainer = av.open(str(file))
-            self._stream: VideoStream = self._container.streams.video[0]
-        except (FFmpegError, OSError, IndexError) as error:
-            reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-            raise _FilmError(f"no readable film ({reason}); it may be truncated") from error
-        assert self._stream.time_base is not None
+        self._container, self._stream = _open_film(file)
+        if self._stream.time_base is None:
+            raise _FilmError("no readable film (its clock has no unit)")
         # Whole numbers: a Fraction's arithmetic would cost as much as the conversion to RGB.
         self._unit_s = self._stream.time_base.as_integer_ratio()
         self._stream.thread_type = "AUTO"
@@ -833,34 +951,35 @@ class _Film:
             )
         if frame.is_corrupt:
             raise _FilmError("the decoder calls the frame corrupt")
-        picture = self._reformatter.reformat(frame, format="rgb24")
+        if frame.width * frame.height > PICTURE_LIMIT_PX:
+            raise _FilmError(f"a frame of {frame.width} x {frame.height} px")
+        try:
+            picture = self._reformatter.reformat(frame, format="rgb24")
+        except _film_errors() as error:
+            raise _FilmError(f"has colours that cannot be read ({_reason(error)})") from error
         (plane,) = picture.planes
         shape, strides = (picture.height, picture.width, 3), (plane.line_size, 3, 1)
         return np.ndarray(shape, np.uint8, buffer=plane, strides=strides)
 
     def _seek(self, at_s: float) -> None:
-        from av.error import FFmpegError
-
         self._frames.close()
         self._current = self._next = None
         try:
             numerator, denominator = self._unit_s
             offset = max(0, round(at_s * denominator / numerator) - 1)
             self._container.seek(offset, backward=True, any_frame=False, stream=self._stream)
-        except (FFmpegError, OSError) as error:
-            raise _FilmError(f"cannot be searched ({type(error).__name__}: {error})") from error
+        except _film_errors() as error:
+            raise _FilmError(f"cannot be searched ({_reason(error)})") from error
         self._frames = self._decode()
 
     def _decode(self) -> Generator[tuple[float, Any]]:
         return _timed_frames(self._container, self._stream, *self._unit_s)
 
     def _read(self) -> tuple[float, Any] | None:
-        from av.error import FFmpegError
-
         try:
             return next(self._frames, None)
-        except (FFmpegError, OSError) as error:
-            reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+        except _film_errors() as error:
+            reason = _reason(error)
             raise _FilmError(f"cannot be decoded ({reason}); it is damaged or cut") from error
 
 
@@ -878,39 +997,31 @@ class _TablePictures:
     """Encoded pictures of one data file; the row group read last stays in memory."""
 
     def __init__(self, file: Path, key: str) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.file = file
         self._key = key
-        try:
-            self._opened = pq.ParquetFile(file)
-            metadata = self._opened.metadata
-            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-            if key not in self._opened.schema_arrow.names:
-                raise refusal(file, key, "missing column", _AGAIN)
-        except (pa.ArrowException, OSError) as error:
-            raise refusal(file, key, _unreadable(error), _AGAIN) from error
+        self._opened = pq.ParquetFile(file)
+        metadata = self._opened.metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if key not in self._opened.schema_arrow.names:
+            raise refusal(file, key, "missing column", _AGAIN)
         self._ends = np.cumsum(sizes)
         self._group = -1
         self._held: pa.ChunkedArray | None = None
 
-    def rows(self, rows: Sequence[int]) -> list[bytes | None]:
-        import pyarrow as pa
-
+    def rows(self, rows: Sequence[int]) -> list[object]:
+        """What the table holds in place of a picture: bytes, unless it is damaged."""
         found = []
         for row in rows:
             group = int(np.searchsorted(self._ends, row, side="right"))
-            try:
-                if group != self._group:
-                    table = self._opened.read_row_group(group, columns=[self._key])
-                    self._held, self._group = table.column(self._key), group
-                assert self._held is not None
-                start = int(self._ends[group - 1]) if group else 0
-                value = self._held[row - start].as_py()
-            except (pa.ArrowException, OSError, IndexError) as error:
-                self._group = -1
-                raise refusal(self.file, self._key, _unreadable(error), _AGAIN) from error
+            if group != self._group:
+                self._held, self._group = None, -1
+                table = self._opened.read_row_group(group, columns=[self._key])
+                self._held, self._group = table.column(self._key), group
+            assert self._held is not None
+            start = int(self._ends[group - 1]) if group else 0
+            value = self._held[row - start].as_py()
             found.append(value.get("bytes") if isinstance(value, dict) else value)
         return found
 
@@ -1012,27 +1123,21 @@ def film_facts(file: Path) -> FilmFacts:
     Raises:
         DatasetError: When it has none.
     """
-    import av
-    from av.error import FFmpegError
-
     try:
-        container = av.open(str(file))
-        try:
-            stream = container.streams.video[0]
-            context = stream.codec_context
-            codec = "av1" if "av1" in context.name else context.name
-            return FilmFacts(
-                f"{codec} {context.pix_fmt}",
-                context.height,
-                context.width,
-                float(stream.average_rate or 0),
-                stream.frames,
-            )
-        finally:
-            container.close()
-    except (FFmpegError, OSError, IndexError) as error:
-        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-        raise refusal(file, "", f"no readable film ({reason})", _AGAIN) from error
+        container, stream = _open_film(file)
+    except _FilmError as error:
+        raise refusal(file, "", str(error), error.mend or _AGAIN) from error
+    context = stream.codec_context
+    codec = "av1" if "av1" in context.name else context.name
+    facts = FilmFacts(
+        f"{codec} {context.pix_fmt}",
+        context.height,
+        context.width,
+        float(stream.average_rate or 0),
+        stream.frames,
+    )
+    container.close()
+    return facts
 
 
 def check_pictures(

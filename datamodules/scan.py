@@ -15,6 +15,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from h5py import h5o  # pyright: ignore[reportAttributeAccessIssue]
 from jaxtyping import Float32, UInt8
 
 from datamodules.errors import DatasetError, Problem
@@ -30,13 +31,18 @@ from datamodules.layouts import (
     natural_key,
 )
 
-_CAMERA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]*")
+CAMERA_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_. -]{0,99}")
+"""Files are named after cameras, and strangers name the cameras."""
 _DEFLATE_LIMIT = 1100
 """Deflate never packs better than 1032 to 1 (zlib, technical details); more is not data."""
 _ALWAYS_ACCEPTED_BYTES = 64 * 2**20
 _CHUNK_LIMIT_BYTES = 2**30
 _RANGE_PROBES = 16
 _MAX_LISTED_DEPTH = 4
+
+PICTURE_LIMIT_PX = 2**26
+"""Of one picture, 8192 x 8192: a few bytes can declare thousands of times as many."""
+_LISTED_PATHS = 1000
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError)
 """What h5py raises when a file is damaged; which one depends on the place of the damage."""
@@ -166,7 +172,7 @@ def _detect(path: Path) -> str:
                 raise
             problems += error.problems
         except ForeignStorageError as error:
-            problems.append(_foreign(file, error))
+            problems.append(foreign_problem(file, error))
     raise DatasetError(path, problems)
 
 
@@ -210,6 +216,8 @@ def naming_damage(file: Path, key: str = "", episode: int | None = None) -> Iter
 
 def _first_line(error: BaseException) -> str:
     text = str(error.args[0]) if error.args else str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
     return next(iter(text.splitlines()), "") or type(error).__name__
 
 
@@ -237,7 +245,8 @@ def _unreadable(file: Path, error: Exception) -> Problem:
     return Problem(str(file), "", what, mend, kind="unreadable")
 
 
-def _foreign(file: Path, error: ForeignStorageError, episode: int | None = None) -> Problem:
+def foreign_problem(file: Path, error: ForeignStorageError, episode: int | None = None) -> Problem:
+    """Say which object is not, or may not be, in the file itself."""
     return Problem(
         str(file),
         error.key,
@@ -256,6 +265,49 @@ def filters(dataset: h5py.Dataset) -> list[tuple[int, str]]:
         code, _, _, name = plist.get_filter(index)
         found.append((code, name.decode(errors="replace") or f"filter {code}"))
     return found
+
+
+def check_storage(file: Path, dataset: h5py.Dataset, episode: int | None = None) -> Problem | None:
+    """Say why a data set cannot, or must not, be read, before any of it is.
+
+    A few bytes can declare a shape or a chunk that fills the memory.
+    """
+    key = str(dataset.name)
+    if dataset.shape is None:
+        return None
+    declared = math.prod(dataset.shape) * dataset.dtype.itemsize
+    # What the header says, too: of contiguous values it follows from the shape.
+    stored = min(dataset.id.get_storage_size(), file.stat().st_size)
+    if declared and not stored:
+        what = "was created but never written"
+        return Problem(str(file), key, what, _SKIP, episode, what)
+    if declared > max(_ALWAYS_ACCEPTED_BYTES, _DEFLATE_LIMIT * stored):
+        return Problem(
+            str(file),
+            key,
+            f"declares the shape {dataset.shape}, {declared / 2**30:.3g} GiB, but stores "
+            f"{stored} bytes",
+            f"do not trust the file, or {_SKIP}",
+            episode,
+            "declared shape",
+        )
+    if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > _CHUNK_LIMIT_BYTES:
+        what = f"has chunks of {dataset.chunks}, above 1 GiB"
+        return Problem(str(file), key, what, "rewrite it with small chunks", episode)
+    for code, name in filters(dataset):
+        if not h5py.h5z.filter_avail(code):
+            with suppress(ImportError):
+                importlib.import_module("hdf5plugin")
+        if not h5py.h5z.filter_avail(code):
+            return Problem(
+                str(file),
+                key,
+                f"was compressed by {name} (filter {code}), which is not installed",
+                "pip install hdf5plugin",
+                episode,
+                f"filter {code}",
+            )
+    return None
 
 
 def read_failure(
@@ -288,15 +340,49 @@ def decode_picture(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     """
     import cv2
 
-    if data.startswith(_JPEG):
-        if not data.endswith(b"\xff\xd9"):
-            raise ValueError("a JPEG that stops before its end marker")
-    elif not data.startswith(_PNG):
-        raise ValueError(f"bytes that are neither JPEG nor PNG (they begin with {data[:4].hex()})")
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    height, width = _declared_size(data)
+    if not 0 < height * width <= PICTURE_LIMIT_PX:
+        raise ValueError(
+            f"a picture that declares {height} x {width} px (height x width); up to "
+            f"{PICTURE_LIMIT_PX} px in all are read"
+        )
+    try:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise ValueError("a damaged picture") from error
     if picture is None:
         raise ValueError("a damaged picture")
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
+def _declared_size(data: bytes) -> tuple[int, int]:
+    """Height and width in px that the header of a JPEG or PNG declares, before any is unpacked.
+
+    PNG: W3C recommendation, section 11.2.1. JPEG: ITU-T T.81, annex B.
+
+    Raises:
+        ValueError: When the bytes are no picture, or a JPEG stops before its end.
+    """
+    if data.startswith(_PNG):
+        if len(data) < 24:
+            raise ValueError("a damaged picture")
+        return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])
+    if not data.startswith(_JPEG):
+        raise ValueError(f"bytes that are neither JPEG nor PNG (they begin with {data[:4].hex()})")
+    if not data.endswith(b"\xff\xd9"):
+        raise ValueError("a JPEG that stops before its end marker")
+    place = 2
+    while (place := data.find(b"\xff", place)) >= 0 and place + 9 <= len(data):
+        marker = data[place + 1]
+        # The sizes are in the frame's header, SOF0 to SOF15 without the three other tables.
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = data[place + 5 : place + 7], data[place + 7 : place + 9]
+            return int.from_bytes(height), int.from_bytes(width)
+        # Fill bytes and markers without a segment have no length.
+        alone = marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9
+        length = int.from_bytes(data[place + 2 : place + 4])
+        place += 1 if alone else 2 + length
+    raise ValueError("a damaged picture")
 
 
 def shift_actions(
@@ -352,7 +438,7 @@ class _Scanner:
                     number, self.found = before, before + 1
                 self.problems += [replace(problem, episode=number) for problem in error.problems]
             except ForeignStorageError as error:
-                self.problems.append(_foreign(self.file, error, self.episode))
+                self.problems.append(foreign_problem(self.file, error, self.episode))
         self.episode = None
         self.file = self.path
         if not self.episodes and not self.problems:
@@ -428,7 +514,7 @@ class _Scanner:
             except DatasetError as error:
                 self.problems += error.problems
             except ForeignStorageError as error:
-                self.problems.append(_foreign(self.file, error, self.episode))
+                self.problems.append(foreign_problem(self.file, error, self.episode))
         self.episode = None
         self.read_masks(
             handle, {name.rsplit("/", 1)[-1]: first + i for i, name in enumerate(groups)}
@@ -542,7 +628,7 @@ class _Scanner:
         self.resolved = True
 
     def add_camera(self, name: str, source: CameraSource, group: h5py.Group) -> None:
-        if not _CAMERA_NAME.fullmatch(name) or ".." in name:
+        if not CAMERA_NAME.fullmatch(name):
             self.problem(
                 f"{group.name}/{source.path}",
                 f"{name!r} cannot name a camera, because files are named after cameras",
@@ -664,39 +750,9 @@ class _Scanner:
         if found.shape is None:
             self.problem(key, "holds no values (null space)", _SKIP)
             return None
-        declared = math.prod(found.shape) * found.dtype.itemsize
-        stored = found.id.get_storage_size()
-        if declared and not stored:
-            self.problem(
-                key, "was created but never written", _SKIP, kind="created but never written"
-            )
+        if problem := check_storage(self.file, found, self.episode):
+            self.problems.append(problem)
             return None
-        if declared > max(_ALWAYS_ACCEPTED_BYTES, _DEFLATE_LIMIT * stored):
-            self.problem(
-                key,
-                f"declares the shape {found.shape}, {declared / 2**30:.3g} GiB, but stores "
-                f"{stored} bytes",
-                f"do not trust the file, or {_SKIP}",
-                kind="declared shape",
-            )
-            return None
-        if found.chunks and math.prod(found.chunks) * found.dtype.itemsize > _CHUNK_LIMIT_BYTES:
-            self.problem(
-                key, f"has chunks of {found.chunks}, above 1 GiB", "rewrite it with small chunks"
-            )
-            return None
-        for code, name in filters(found):
-            if not h5py.h5z.filter_avail(code):
-                with suppress(ImportError):
-                    importlib.import_module("hdf5plugin")
-            if not h5py.h5z.filter_avail(code):
-                self.problem(
-                    key,
-                    f"was compressed by {name} (filter {code}), which is not installed",
-                    "pip install hdf5plugin",
-                    kind=f"filter {code}",
-                )
-                return None
         return found
 
     def read(
@@ -768,6 +824,15 @@ class _Scanner:
         if len(dataset) == 0:
             return
         camera = self.cameras.get(name)
+        if camera and (encoding == "raw") != (camera.source.encoding == "raw"):
+            how, first = ("raw", "compressed") if encoding == "raw" else ("compressed", "raw")
+            self.problem(
+                key,
+                f"{how} pictures (shape {dataset.shape}); the first episode has {first} ones",
+                _SKIP,
+                kind=f"encoding of {source.path}",
+            )
+            return
         if encoding == "raw":
             height, width, channels = dataset.shape[1:]
             if source.layout == "chw":
@@ -878,16 +943,36 @@ def _guess_encoding(dataset: h5py.Dataset) -> str | None:
     return "jpeg" if padded or one_each or as_string else None
 
 
-def dataset_paths(group: h5py.Group, prefix: str = "", depth: int = 0) -> list[str]:
-    """Paths of data sets below a group, without following anything out of the file."""
-    if depth > _MAX_LISTED_DEPTH:
-        return []
+def dataset_paths(group: h5py.Group) -> list[str]:
+    """Paths of data sets below a group, without following anything out of the file.
+
+    Each object is listed under its first path, so that links in a circle end; of a file with more
+    data sets than anybody reads, some.
+    """
     paths: list[str] = []
-    for name in map(str, group):
-        with suppress(ForeignStorageError):
-            found = member(group, name)
+    entered: set[tuple[int, int]] = set()
+    waiting = [(group, "", 0)]
+    while waiting and len(paths) < _LISTED_PATHS:
+        here, prefix, depth = waiting.pop()
+        below = []
+        for name in map(str, here):
+            found = None
+            with suppress(ForeignStorageError):
+                found = member(here, name)
+            if found is None or (place := place_in_file(found)) in entered:
+                continue
+            entered.add(place)
             if isinstance(found, h5py.Dataset):
                 paths.append(prefix + name)
-            elif isinstance(found, h5py.Group):
-                paths += dataset_paths(found, f"{prefix}{name}/", depth + 1)
+                if len(paths) >= _LISTED_PATHS:
+                    break
+            elif depth < _MAX_LISTED_DEPTH:
+                below.append((found, f"{prefix}{name}/", depth + 1))
+        waiting += reversed(below)
     return paths
+
+
+def place_in_file(found: h5py.Group | h5py.Dataset) -> tuple[int, int]:
+    """Where an object is in its file, whichever of its paths led there."""
+    info = h5o.get_info(found.id)
+    return info.fileno, info.addr

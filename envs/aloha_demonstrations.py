@@ -35,7 +35,7 @@ from envs.collecting import alone_with, solved_episodes, worker_count
 from policies.atomic_files import sync
 
 FORMAT_VERSION = 1
-"""Raise whenever the same settings would give another folder: caches depend on it."""
+"""Raise whenever the same settings would give other values: caches depend on it."""
 SOURCE = "scripted ALOHA expert"
 
 
@@ -116,7 +116,7 @@ def demonstrate(
         return AlohaEpisode(seed, False, path)
     env.reset(seed)
     n_steps = len(actions)
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
         file.attrs["sim"] = True
         file.attrs["fps"] = AlohaTransferCubeTask().fps
         file.attrs["seed"] = seed
@@ -133,6 +133,7 @@ def demonstrate(
                 chunks=(1, *frame),
                 compression="gzip",
                 compression_opts=1,
+                fletcher32=True,
             )
             for camera in look.cameras
         }
@@ -144,11 +145,11 @@ def demonstrate(
             for camera, shown in pictures.items():
                 shown[step] = env.image(camera)
             env.step(action)
-        observations.create_dataset("qpos", data=np.array(joints, np.float32))
-        observations.create_dataset("qvel", data=np.array(velocities, np.float32))
-        observations.create_dataset("simulator_state", data=np.array(states))
-        file.create_dataset("action", data=actions.astype(np.float32))
-        file.create_dataset("rewards", data=rewards.astype(np.float32))
+        observations.create_dataset("qpos", data=np.array(joints, np.float32), fletcher32=True)
+        observations.create_dataset("qvel", data=np.array(velocities, np.float32), fletcher32=True)
+        observations.create_dataset("simulator_state", data=np.array(states), fletcher32=True)
+        file.create_dataset("action", data=actions.astype(np.float32), fletcher32=True)
+        file.create_dataset("rewards", data=rewards.astype(np.float32), fletcher32=True)
     return AlohaEpisode(seed, True, path)
 
 

@@ -57,13 +57,18 @@ def test_gather_equals_the_slow_reference(data):
     episodes = [number for number in store.shapes.episode_numbers if data.draw(st.booleans())]
     episodes.append(5 + int(np.argmax(lengths)))
     episodes = list(dict.fromkeys(episodes))
-    dataset = ChunkDataset(store, episodes, chunk_size, n_obs_steps, drop, every, action_start)
-
+    arguments = (store, episodes, chunk_size, n_obs_steps, drop, every, action_start)
     expected = [
         (number, step)
         for number in episodes
         for step in range(0, lengths[number - 5] - drop, every)
     ]
+    pads = [slow_sample(store, *at, chunk_size, n_obs_steps, action_start)[1] for at in expected]
+    if any(map(all, pads)):
+        with pytest.raises(ValueError, match="nothing but padding"):
+            ChunkDataset(*arguments)
+        return
+    dataset = ChunkDataset(*arguments)
     assert len(dataset) == len(expected)
     indices = data.draw(st.lists(st.integers(0, len(dataset) - 1), min_size=1, max_size=6))
     batch = dataset.__getitems__(indices)
