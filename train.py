@@ -10,9 +10,11 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,11 @@ from typing import (
     override,
 )
 
+import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import (
@@ -40,22 +46,30 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.markup import escape
 
-from callbacks.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from callbacks.checkpoints import AtomicCheckpointIO, LastCheckpoint, sweep_parts
 from callbacks.dashboard import Dashboard
 from callbacks.exact_resume import ExactResume
-from callbacks.interruption import StopOnSignal
+from callbacks.interruption import (
+    Reason,
+    StopOnSignal,
+    ignore_termination,
+    leaving_in_order,
+    requeue,
+)
 from callbacks.loggers import CsvLog, WandbLog
 from callbacks.non_finite import NonFiniteStop
 from callbacks.progress import RunProgress
 from callbacks.report import Report
-from callbacks.run_config import CONFIG_FILE, RunConfig
+from callbacks.run_config import CONFIG_FILE, RunConfig, check_config
 from callbacks.run_folder import (
     CHECKPOINTS,
     RunFolderError,
     RunLock,
     create_run_folder,
+    job_link,
     last_run_folder,
     point_last_at,
+    run_folder_of_job,
 )
 from callbacks.summary import RunSummary
 from policies.checkpoint_files import (
@@ -79,11 +93,20 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 class TrainingStarted(Callback):
-    """Notes when the first batch is near: from then on the run is worth keeping."""
+    """Notes when the first batch is near: from then on the run is worth keeping.
+
+    It also tells all processes the run folder that the first one made.
+    """
 
     def __init__(self, run_folder: Path) -> None:
         self.run_folder = run_folder
         self.started = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.run_folder = Path(trainer.strategy.broadcast(str(self.run_folder)))
+        # Lightning has no public way to set it once the processes know each other.
+        setattr(trainer, "_default_root_dir", str(self.run_folder))  # noqa: B010
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,6 +187,11 @@ class TrainCLI(LightningCLI):
             default=DEFAULT_OUTPUT_DIR,
             help="Folder of all runs; this one goes to <output_dir>/<name>/<time>/.",
         )
+        parser.add_argument(
+            "--safe",
+            action="store_true",
+            help="Refuse configurations that name classes outside this project.",
+        )
         for key in DATA_LINKS:
             parser.link_arguments(f"data.{key}", f"model.init_args.{key}", apply_on="instantiate")
 
@@ -181,6 +209,8 @@ class TrainCLI(LightningCLI):
         without a word, and instantiates whatever class the file names.
         """
         config = self._config()
+        if self._continue_job(config):
+            return
         asked = config.get("ckpt_path")
         if not asked:
             return
@@ -207,6 +237,20 @@ class TrainCLI(LightningCLI):
             read_checkpoint(asked)
             self._checkpoint = Path(asked)
 
+    def _continue_job(self, config: Namespace) -> bool:
+        """Go on with the run that an earlier start of this job began, whatever was asked then."""
+        if self.config["subcommand"] != "fit":
+            return False
+        run = run_folder_of_job(config.output_dir, config.name)
+        if run is None or not (run / CHECKPOINTS).is_dir():
+            return False
+        newest = newest_valid_checkpoint(run / CHECKPOINTS)
+        for error in newest.damaged:
+            rank_zero_warn(f"passed over: {error}")
+        self._checkpoint, self._continued = newest.path, run
+        config["ckpt_path"] = None
+        return True
+
     def _config(self) -> Namespace:
         """Return the configuration of the subcommand."""
         return self.config[self.config["subcommand"]]
@@ -214,6 +258,10 @@ class TrainCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config = self._config()
+        if not isinstance(config.trainer, Namespace):
+            raise ValueError(
+                f"trainer: {type(config.trainer).__name__} given, it must be keys and their values"
+            )
         self._config_text = self._parser(self.subcommand).dump(config, skip_unset=False)
         self._claim_run_folder(config)
         trainer = config.trainer
@@ -226,16 +274,17 @@ class TrainCLI(LightningCLI):
 
     def _claim_run_folder(self, config: Namespace) -> None:
         if getattr(rank_zero_only, "rank", 0) != 0:
-            # Only the first process writes; it hands its folder to those it starts.
-            inherited = os.environ.get("POLICYSCOPE_RUN_FOLDER", str(config.output_dir))
-            self.run_folder = self._continued or Path(inherited)
+            # Only the first process writes; it tells the others where once they can talk.
+            self.run_folder = self._continued or Path(config.output_dir)
             return
         suffix = "" if self.subcommand == "fit" else f"-{self.subcommand}"
         self.run_folder = self._continued or create_run_folder(
             config.output_dir, config.name, suffix
         )
-        os.environ["POLICYSCOPE_RUN_FOLDER"] = str(self.run_folder)
         self._lock = RunLock(self.run_folder)
+        sweep_parts(self.run_folder)
+        if self.subcommand == "fit" and (link := job_link()):
+            point_last_at(self.run_folder, link)
 
     def _drop_links_without_target(self) -> None:
         """Link only what the chosen model takes.
@@ -253,6 +302,10 @@ class TrainCLI(LightningCLI):
         plugins = _as_list(trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
+        if not TorchElasticEnvironment.detect() and SLURMEnvironment.detect():
+            given = [plugin for plugin in plugins if isinstance(plugin, ClusterEnvironment)]
+            # Its own requeueing saves in the middle of a batch; StopOnSignal's waits for the end.
+            plugins += [] if given else [SLURMEnvironment(auto_requeue=False)]
         loggers = trainer.logger
         if loggers is not False:
             given = [logger for logger in _as_list(loggers) if isinstance(logger, Logger)]
@@ -318,9 +371,12 @@ class TrainCLI(LightningCLI):
             super()._run_subcommand(self.subcommand)
             keep, exit_code = True, 0
         except BaseException:
+            ignore_termination()
             keep = self.started
             if self.trainer.is_global_zero and keep and self.trainer.global_step:
-                self._callback(RunSummary).write(self.trainer, "stopped")
+                # What ended the run is worth more words than a disk that is full for this, too.
+                with contextlib.suppress(RunFolderError):
+                    self._callback(RunSummary).write(self.trainer, "stopped")
             raise
         finally:
             with contextlib.suppress(ValueError):
@@ -379,27 +435,49 @@ def _present(callback: Callback, callbacks: Sequence[Callback]) -> bool:
 
 
 def with_run_config(words: Sequence[str]) -> list[str]:
-    """Add the configuration of a checkpoint's run where none is given."""
+    """Add the configuration of a checkpoint's run where none is given, and check those that are.
+
+    Raises:
+        ConfigError: If a configuration is too large, or names classes that are not to be trusted:
+            those of a run outside ``--output_dir``, or of any with ``--safe``.
+    """
     if not words or words[0] not in TrainCLI.subcommands():
         return list(words)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("-c", "--config")
+    peek.add_argument("-c", "--config", action="append", default=[])
     peek.add_argument("--ckpt_path")
     peek.add_argument("--name", default=DEFAULT_NAME)
     peek.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR)
-    with contextlib.suppress(argparse.ArgumentError):
+    peek.add_argument("--safe", action="store_true")
+    try:
         given, _ = peek.parse_known_args(words[1:])
-        if given.ckpt_path and not given.config:
-            if given.ckpt_path in {"last", "auto", "best"}:
-                with contextlib.suppress(RunFolderError):
-                    config = last_run_folder(given.output_dir, given.name) / CONFIG_FILE
-                    if config.is_file():
-                        return [words[0], "-c", str(config), *words[1:]]
-            else:
-                config = Path(given.ckpt_path).absolute().parent.parent / CONFIG_FILE
-                if config.is_file():
-                    return [words[0], "-c", str(config), *words[1:]]
-    return list(words)
+    except argparse.ArgumentError:
+        return list(words)
+    files = [Path(name) for name in given.config if _is_file(name)]
+    safe = given.safe or any(check_config(file, True).get("safe") is True for file in files)
+    for file in files:
+        check_config(file, any_class=not safe)
+    if not given.ckpt_path or given.config:
+        return list(words)
+    config = None
+    if given.ckpt_path in {"last", "auto", "best"}:
+        with contextlib.suppress(RunFolderError):
+            config = last_run_folder(given.output_dir, given.name) / CONFIG_FILE
+    else:
+        config = Path(given.ckpt_path).absolute().parent.parent / CONFIG_FILE
+    if config is None or not _is_file(config):
+        return list(words)
+    # What lies among one's own runs was one's own code once.
+    own = config.resolve().is_relative_to(Path(given.output_dir).expanduser().resolve())
+    check_config(config, any_class=own and not safe)
+    return [words[0], "-c", str(config), *words[1:]]
+
+
+def _is_file(name: str | Path) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager
@@ -460,6 +538,15 @@ def _is_users(error: BaseException, cli: TrainCLI | None) -> bool:
     return isinstance(error, ValueError) and ours
 
 
+def _unmade(error: BaseException, wrapped: Exception) -> str | None:
+    """Explain what a class of the configuration raised, from under all types it was tried as."""
+    if error is wrapped or isinstance(error, ValueError):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+    return f"{place}{type(error).__name__}: {error} (all of it with {TRACEBACK_VARIABLE}=1)"
+
+
 def _misfit(error: BaseException, cli: TrainCLI | None) -> str | None:
     """Explain a checkpoint whose weights do not fit the model, in terms of the configuration."""
     if cli is None or cli._checkpoint is None or "loading state_dict" not in str(error):
@@ -474,6 +561,34 @@ def _misfit(error: BaseException, cli: TrainCLI | None) -> str | None:
     lines = [line.strip() for line in str(error).splitlines()[1:3]]
     reason = "; ".join(differences[:4] or lines)
     return f"{cli._checkpoint}: does not fit the configured model ({reason})"
+
+
+def _lost_worker(error: BaseException, cli: TrainCLI | None) -> str | None:
+    """Explain the death of a loader's process: something outside ended it."""
+    if "DataLoader worker" not in str(error) or cli is None:
+        return None
+    saved = f"; continue with --ckpt_path last --name {cli._config().name}" if cli.started else ""
+    return (
+        f"{str(error).splitlines()[0]} A process that loads data was ended from outside, mostly "
+        "because memory ran out: use fewer with --data.init_args.num_workers, give the container "
+        f"more shared memory (--shm-size), or a smaller batch{saved}"
+    )
+
+
+def _lost_process(error: BaseException, cli: TrainCLI | None) -> str | None:
+    """Explain the error of a process whose only fault is to have lost another one."""
+    if cli is None or cli.trainer.world_size == 1 or not isinstance(error, RuntimeError):
+        return None
+    lost = ("closed by peer", "reset by peer", "remote process exited", "Socket Timeout")
+    if not isinstance(error, torch.distributed.DistError) and not any(
+        words in str(error) for words in lost
+    ):
+        return None
+    return (
+        f"process {cli.trainer.global_rank} of {cli.trainer.world_size} lost another one "
+        f"({str(error).splitlines()[0][-120:]}); the first error above says why; continue with "
+        "--ckpt_path last"
+    )
 
 
 def _fail(message: str, exit_code: int = 1) -> NoReturn:
@@ -500,15 +615,18 @@ def main(args: Sequence[str] | None = None) -> TrainCLI:
     """
     words = list(sys.argv[1:] if args is None else args) or ["fit", "-c", str(DEMO)]
     cli: TrainCLI | None = None
-    with _quieter():
+    with _quieter(), leaving_in_order():
         try:
             cli = TrainCLI(with_run_config(words))
             cli.run()
             return cli
         except SIGTERMException:
-            assert cli is not None
-            _say_how_to_continue(cli)
-            by_hand = cli._callback(StopOnSignal).interrupted
+            reason = Reason.TERMINATED if cli is None else cli._callback(StopOnSignal).reason
+            if cli is not None:
+                _say_how_to_continue(cli)
+                if reason is Reason.REQUEUE and cli.trainer.is_global_zero:
+                    print(requeue())
+            by_hand = reason is Reason.INTERRUPTED
             raise SystemExit(EXIT_INTERRUPTED if by_hand else EXIT_TERMINATED) from None
         except KeyboardInterrupt:
             raise SystemExit(EXIT_INTERRUPTED) from None
@@ -520,20 +638,25 @@ def main(args: Sequence[str] | None = None) -> TrainCLI:
             error = _root(wrapped)
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
-            explained = _misfit(error, cli)
+            explained = (
+                _unmade(error, wrapped)
+                or _misfit(error, cli)
+                or _lost_worker(error, cli)
+                or _lost_process(error, cli)
+            )
             if explained is None and not _is_users(error, cli):
                 raise
             _fail(explained or _message(error))
 
 
 def _say_how_to_continue(cli: TrainCLI) -> None:
-    if cli.subcommand != "fit" or not cli.trainer.is_global_zero:
+    if cli.subcommand != "fit" or not cli.started or not cli.trainer.is_global_zero:
         return
     config = cli._config()
     words = ["python train.py fit"]
     if config.output_dir != DEFAULT_OUTPUT_DIR:
-        words.append(f"--output_dir {config.output_dir}")
-    words += [f"--name {config.name}", "--ckpt_path last"]
+        words.append(f"--output_dir {shlex.quote(config.output_dir)}")
+    words += [f"--name {shlex.quote(config.name)}", "--ckpt_path last"]
     print(f"stopped at step {cli.trainer.global_step}; continue with: {' '.join(words)}")
 
 

@@ -1,18 +1,21 @@
 """Checkpoints that are never torn, never poisoned, and load without running code."""
 
+import io
 import os
 import shutil
 import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, override
+from typing import Any, BinaryIO, cast, override
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -29,6 +32,8 @@ from policies.checkpoint_files import (
 PART_SUFFIX = ".part"
 WEIGHT_KEYS = ("state_dict", "current_model_state")
 """Entries of a checkpoint that hold weights: the ones to use, and under EMA the raw ones too."""
+CLOCK_STEPS = 10
+"""With several processes, optimiser steps from one look at the clock to the next."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -51,18 +56,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         part = target.parent / f".{target.name}{PART_SUFFIX}"
         marked = {**checkpoint, MARK_KEY: {"checkpoint_format": CHECKPOINT_FORMAT}}
+        watched: _Watched | None = None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
-                torch.save(marked, file)
+                watched = _Watched(file)
+                torch.save(marked, cast(BinaryIO, watched))
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(target)
             sync(target.parent)
         except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError from its zip writer.
             part.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            # torch reports what ails the disk as a RuntimeError about its own positions.
+            cause = (watched and watched.error) or error
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
             raise CheckpointError(
                 f"{target}: cannot be written ({reason}); earlier checkpoints are untouched, "
                 "make room and continue with --ckpt_path last"
@@ -83,6 +91,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         del weights_only
         device = map_location if isinstance(map_location, str | torch.device) else "cpu"
         return read_checkpoint(path, map_location=device)
+
+
+class _Watched(io.RawIOBase):
+    """Passes on what is written, and remembers why the disk refused."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    @override
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    @override
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def refuse_non_finite(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -107,8 +139,8 @@ def refuse_non_finite(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 
 def sweep_parts(folder: Path) -> list[Path]:
-    """Delete what a killed process left half-written, and say which files that were."""
-    parts = sorted(folder.glob(f".*{PART_SUFFIX}")) if folder.is_dir() else []
+    """Delete what a killed process left half-written in a folder and below, and say what it was."""
+    parts = sorted(folder.rglob(f".*{PART_SUFFIX}")) if folder.is_dir() else []
     for part in parts:
         part.unlink(missing_ok=True)
     return parts
@@ -206,6 +238,9 @@ class LastCheckpoint(CheckpointCallback):
     (a hard link) of that file instead of a second write; no file is ever changed in place, so
     neither name can be torn.
 
+    After an error in one of several processes the others wait elsewhere or are gone: then the first
+    process writes alone, where it holds all that a checkpoint needs.
+
     Args:
         every_n_train_steps: Optimiser steps between two saves; 0 for none between validations.
         train_time_interval: Longest time between two saves.
@@ -227,6 +262,9 @@ class LastCheckpoint(CheckpointCallback):
         self._saved_step = -1
         self._complete_step = -1
         self._saved_at_s = time.monotonic()
+        self._due = False
+        self.alone = False
+        """Whether this process must not wait for others while it writes."""
 
     def path(self, trainer: Trainer) -> Path:
         """Return where ``last.ckpt`` is or will be."""
@@ -242,6 +280,7 @@ class LastCheckpoint(CheckpointCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Nothing to save before the first step, or before the first one after resuming.
         self._saved_step = self._complete_step = trainer.global_step
+        self._due = False
         self._saved_at_s = time.monotonic()
 
     @override
@@ -252,9 +291,26 @@ class LastCheckpoint(CheckpointCallback):
         due = bool(self.every_n_train_steps) and step % self.every_n_train_steps == 0
         if not due and self.train_time_interval is not None:
             elapsed_s = time.monotonic() - self._saved_at_s
-            # Ranks read different clocks, and saving is a collective operation.
-            due = trainer.strategy.broadcast(elapsed_s >= self.train_time_interval.total_seconds())
-        if due:
+            due = elapsed_s >= self.train_time_interval.total_seconds()
+            if trainer.world_size > 1:
+                # Processes read different clocks, and saving takes all of them.
+                due = step % CLOCK_STEPS == 0 and trainer.strategy.broadcast(due)
+        # The numbers of this step are logged after this hook; no checkpoint may be ahead of them.
+        self._due |= due
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._save_what_is_due(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_what_is_due(trainer)
+
+    def _save_what_is_due(self, trainer: Trainer) -> None:
+        if self._due:
             self._save(trainer)
 
     @override
@@ -275,20 +331,55 @@ class LastCheckpoint(CheckpointCallback):
         in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
         # Between the optimiser's step and the end of the batch, weights and counters disagree.
         consistent = trainer.global_step == self._complete_step
-        if in_training and consistent and not isinstance(exception, CheckpointError):
+        if not (in_training and consistent) or isinstance(exception, CheckpointError):
+            return
+        # Asked to stop, all processes do so after the same batch.
+        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
             self._save(trainer)
+        elif trainer.is_global_zero and self._owed(trainer):
+            self._save_alone(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        if getattr(trainer, "fast_dev_run", False) or step == 0 or step == self._saved_step:
+        if not self._owed(trainer):
             return
+        step = trainer.global_step
         target = self.path(trainer)
-        twin = _written_at(trainer, step)
+        # Another node may not see the file yet.
+        twin = trainer.strategy.broadcast(_written_at(trainer, step))
         if twin is None:
             trainer.save_checkpoint(target, weights_only=False)
         elif trainer.is_global_zero:
             link_atomically(twin, target)
         self._saved_step, self._saved_at_s = step, time.monotonic()
+        self._due = False
+
+    def _owed(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        return not getattr(trainer, "fast_dev_run", False) and step not in {0, self._saved_step}
+
+    def _save_alone(self, trainer: Trainer) -> None:
+        sharded = any(hasattr(each, "consolidate_state_dict") for each in trainer.optimizers)
+        if not isinstance(trainer.strategy, DDPStrategy) or sharded:
+            rank_zero_warn(
+                f"nothing saved after the error: each of {trainer.world_size} processes holds a "
+                f"part of the state; {self.path(trainer)} is as it was"
+            )
+            return
+        self.alone = True
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.path(trainer))
+        self._saved_step = trainer.global_step
+
+
+def saving_alone(trainer: Trainer) -> bool:
+    """Tell whether a checkpoint is being written after an error of one of several processes.
+
+    Whoever adds to it must not talk to the other processes then: they would never answer.
+    """
+    return any(
+        isinstance(callback, LastCheckpoint) and callback.alone
+        for callback in trainer.checkpoint_callbacks
+    )
 
 
 def _written_at(trainer: Trainer, step: int) -> Path | None:

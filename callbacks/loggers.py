@@ -7,6 +7,7 @@ carry the same step.
 
 import contextlib
 import csv
+import errno
 import io
 import netrc
 import os
@@ -27,6 +28,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks.dashboard import file_name
+from callbacks.run_folder import written
 from policies.atomic_files import write_atomically
 from policies.interface import Findings
 
@@ -35,6 +37,8 @@ WANDB_FOLDER = "wandb"
 WANDB_ID_FILE = "run_id"
 PROJECT = "policyscope"
 """W&B project of runs that name none."""
+WANDB_MODES = ("online", "offline", "dryrun", "shared", "run", "disabled")
+WANDB_ERRORS = "diagnostics/wandb_errors"
 
 
 class GatheredRows:
@@ -132,17 +136,23 @@ class CsvLog(GatheredRows, Logger):
     @override
     @rank_zero_only
     def release(self, metrics: Mapping[str, float], media: Findings) -> None:
-        super().release({key: _number(value) for key, value in metrics.items()}, Findings())
+        row = {key: _number(value) for key, value in metrics.items()}
+        loggers = [] if self._trainer is None else self._trainer.loggers
+        refused = sum(logger.errors for logger in loggers if isinstance(logger, WandbLog))
+        if refused:
+            row[WANDB_ERRORS] = float(refused)
+        super().release(row, Findings())
         self.sync()
 
     @override
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        self._columns = self._continue_file()
-        columns, rows = _read_rows(self.path)
-        kept = [row for row in rows if float(row.get("step") or 0) <= step]
-        if len(kept) < len(rows):
-            write_atomically(self.path, _as_text(columns, kept, header=True))
+        with written(self.path):
+            self._columns = self._continue_file()
+            columns, rows = _read_rows(self.path)
+            kept = [row for row in rows if float(row.get("step") or 0) <= step]
+            if len(kept) < len(rows):
+                write_atomically(self.path, _as_text(columns, kept, header=True))
 
     @override
     @rank_zero_only
@@ -161,15 +171,25 @@ class CsvLog(GatheredRows, Logger):
         return columns
 
     def sync(self) -> None:
-        """Bring all rows to the disk."""
+        """Bring all rows to the disk.
+
+        Raises:
+            RunFolderError: If the disk refuses.
+        """
         if self.path.is_file():
-            with self.path.open("rb+") as file:
+            with written(self.path), self.path.open("rb+") as file:
                 os.fsync(file.fileno())
         self._synced_at_s = time.monotonic()
 
     @override
     def _write(self, row: dict[str, Any], media: Findings, step: int) -> None:
         row = {"step": step, **row}
+        with written(self.path):
+            self._append(row)
+        if time.monotonic() - self._synced_at_s > self._sync_every_s:
+            self.sync()
+
+    def _append(self, row: dict[str, Any]) -> None:
         if self._columns is None:
             self._columns = self._continue_file()
         new = [key for key in row if key not in self._columns]
@@ -179,12 +199,20 @@ class CsvLog(GatheredRows, Logger):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, _as_text(columns, [*rows, row], header=True))
             self._columns = columns
-        else:
-            # One write call for one row: a kill leaves all of it or nothing.
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_as_text(self._columns, [row], header=False))
-        if time.monotonic() - self._synced_at_s > self._sync_every_s:
-            self.sync()
+            return
+        # One write call for one row: a kill leaves all of it or nothing.
+        text = _as_text(self._columns, [row], header=False)
+        with self.path.open("ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                taken = file.write(text.encode())
+                if taken != len(text.encode()):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                # A full disk may take the beginning of a row.
+                with contextlib.suppress(OSError):
+                    file.truncate(whole)
+                raise
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -224,6 +252,9 @@ def _number(value: Any) -> Any:
 class WandbLog(GatheredRows, WandbLogger):
     """W&B that needs no account, never hangs, and keeps its files in the run folder.
 
+    Whatever ails it, training goes on without it: one warning, and ``diagnostics/wandb_errors`` in
+    the rows of the other loggers.
+
     Online when a key is there (``WANDB_API_KEY`` or ``wandb login``) and the server answers,
     otherwise offline; one line says which. A resumed run keeps its id, so that ``wandb sync``
     appends. Checkpoints are not uploaded; raw arrays are, as versions ``step-N`` of one artifact
@@ -259,14 +290,19 @@ class WandbLog(GatheredRows, WandbLogger):
         self._more_init = {"entity": entity, "group": group, "tags": tags}
         self._init_timeout_s = init_timeout_s
         self._finish_timeout_s = finish_timeout_s
+        self.errors = 0
+        """Rows that W&B did not take."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run, started when first asked for."""
-        if self._experiment is None:
-            self._experiment = self._start()
-        return self._experiment
+        """The W&B run, started when first asked for; one that takes nothing after an error."""
+        if self._experiment is None and not self.errors:
+            try:
+                self._experiment = self._start()
+            except Exception as error:
+                self._give_up(error)
+        return _Nothing() if self._experiment is None else self._experiment
 
     @override
     @rank_zero_only
@@ -277,6 +313,14 @@ class WandbLog(GatheredRows, WandbLogger):
     @rank_zero_only
     def release(self, metrics: Mapping[str, float], media: Findings) -> None:
         super().release(metrics, media)
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().log_hyperparams(params)
+        except Exception as error:
+            self._give_up(error)
 
     @override
     @rank_zero_only
@@ -291,8 +335,17 @@ class WandbLog(GatheredRows, WandbLogger):
         """End the W&B run; a later process may take it up again."""
         if self._experiment is not None:
             with _quiet():
-                self._experiment.finish(exit_code=exit_code)
+                try:
+                    self._experiment.finish(exit_code=exit_code)
+                except Exception as error:
+                    self._give_up(error)
             self._experiment = None
+        if self.errors:
+            import wandb
+
+            # Its last words at the end of the process would be a traceback.
+            with contextlib.suppress(Exception):
+                wandb.teardown()
 
     @property
     def folder(self) -> Path | None:
@@ -305,9 +358,31 @@ class WandbLog(GatheredRows, WandbLogger):
         """Web page of the run, when online."""
         return getattr(self._experiment, "url", None)
 
+    def _give_up(self, error: Exception) -> None:
+        """Go on without W&B: the file of numbers has everything."""
+        if not self.errors:
+            reason = (str(error).splitlines() or [""])[0][:160]
+            rank_zero_warn(
+                f"W&B: given up ({type(error).__name__}: {reason}); training goes on, all numbers "
+                f"are in {CSV_FILE}"
+            )
+        self.errors += 1
+        self._experiment = None
+
     @override
     def _write(self, row: dict[str, Any], media: Findings, step: int) -> None:
+        if self.errors:
+            self.errors += 1
+            return
         run = self.experiment
+        if isinstance(run, _Nothing):
+            return
+        try:
+            self._send(run, row, media, step)
+        except Exception as error:
+            self._give_up(error)
+
+    def _send(self, run: Any, row: dict[str, Any], media: Findings, step: int) -> None:
         if media != Findings():
             import wandb
 
@@ -380,9 +455,9 @@ class WandbLog(GatheredRows, WandbLogger):
                     raise
                 # Whatever ails the service or the network must leave us training.
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-                rank_zero_warn(f"W&B: the server cannot be used ({reason}); going on offline")
                 wandb.teardown()
                 mode, run = "offline", begin("offline")
+                rank_zero_warn(f"W&B: the server cannot be used ({reason}); going on offline")
         if mode == "offline":
             where = Path(run.dir).parent
             rank_zero_info(f"W&B: offline ({reason}); upload later with: wandb sync {where}")
@@ -395,6 +470,14 @@ class WandbLog(GatheredRows, WandbLogger):
     def _mode(self) -> tuple[str, str]:
         """Decide between online, offline and disabled, and say why."""
         asked = os.environ.get("WANDB_MODE", "").lower()
+        if asked not in WANDB_MODES:
+            # W&B itself ends the process over a word that it does not know.
+            if asked:
+                rank_zero_warn(
+                    f"W&B: WANDB_MODE={asked!r} is not one of {', '.join(WANDB_MODES)}; ignored"
+                )
+            os.environ.pop("WANDB_MODE", None)
+            asked = ""
         if asked == "disabled":
             return "disabled", "WANDB_MODE=disabled"
         if self._stay_offline is not None:
@@ -404,6 +487,16 @@ class WandbLog(GatheredRows, WandbLogger):
         if asked == "online" or os.environ.get("WANDB_API_KEY") or logged_in():
             return "online", ""
         return "offline", "no WANDB_API_KEY"
+
+
+class _Nothing:
+    """A W&B run that takes everything and keeps nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
 
 
 def logged_in() -> bool:

@@ -11,8 +11,11 @@ wandb/             the W&B run, when W&B is used
 =================  =========================================================================
 """
 
+import contextlib
 import fcntl
 import os
+import re
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -27,6 +30,22 @@ LOCK_FILE = ".lock"
 
 class RunFolderError(ValueError):
     """A run folder cannot be made, found or used; the message names it and the mend."""
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Say which file of a run the disk refused, and what to do.
+
+    Raises:
+        RunFolderError: For any OSError while it is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be written ({error.strerror or error}); make room and continue with "
+            "--ckpt_path last"
+        ) from error
 
 
 def create_run_folder(
@@ -72,15 +91,24 @@ def named_folder(output_dir: str | os.PathLike[str], name: str) -> Path:
     Raises:
         RunFolderError: If the name would leave ``output_dir``.
     """
-    if not name.strip() or name in {".", ".."} or any(c in "/\\" or ord(c) < 32 for c in name):
+    if (
+        not name.strip()
+        or name in {".", ".."}
+        or any(c in "/\\" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+    ):
         raise RunFolderError(f"name {name!r}: is not a folder name; use letters, digits, - and _")
     return Path(output_dir).expanduser() / name
 
 
-def point_last_at(folder: Path) -> None:
-    """Let ``last`` beside ``folder`` point at it; whoever looks sees the old or the new target."""
-    link = folder.parent / LAST
-    temporary = folder.parent / f".{LAST}.{os.getpid()}.part"
+def point_last_at(folder: Path, name: str = LAST) -> None:
+    """Let ``last`` beside ``folder`` point at it; whoever looks sees the old or the new target.
+
+    Args:
+        folder: The run folder.
+        name: Of another link than ``last``.
+    """
+    link = folder.parent / name
+    temporary = folder.parent / f".{name}.{os.getpid()}.part"
     try:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
@@ -107,6 +135,30 @@ def last_run_folder(output_dir: str | os.PathLike[str], name: str) -> Path:
     return link.resolve()
 
 
+def job_link() -> str | None:
+    """Name the link to the run of the job that this process is part of; None outside a job.
+
+    A job is one of SLURM, or a ``torchrun`` that starts its processes again.
+    """
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if job is None else f".job-{re.sub(r'[^0-9A-Za-z_-]', '_', job)[:100]}"
+
+
+def restarted() -> bool:
+    """Tell whether the job of this process was started before."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in {"", "0"} for name in counts)
+
+
+def run_folder_of_job(output_dir: str | os.PathLike[str], name: str) -> Path | None:
+    """Return the run that an earlier start of this very job made; None if there is none."""
+    link = job_link()
+    if link is None or not restarted():
+        return None
+    folder = named_folder(output_dir, name) / link
+    return folder.resolve() if folder.is_dir() else None
+
+
 class RunLock:
     """Keeps a second process out of a run folder for as long as this process lives.
 
@@ -115,7 +167,8 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file: IO[str] | None = (folder / LOCK_FILE).open("a")
+        with written(folder / LOCK_FILE):
+            self._file: IO[str] | None = (folder / LOCK_FILE).open("a")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -136,6 +189,9 @@ def write_beside(path: Path, text: str) -> Path:
 
     Returns:
         The file that holds the text.
+
+    Raises:
+        RunFolderError: If the disk refuses.
     """
     candidate, number = path, 2
     while candidate.exists():
@@ -143,5 +199,6 @@ def write_beside(path: Path, text: str) -> Path:
             return candidate
         candidate = path.with_name(f"{path.stem}_{number}{path.suffix}")
         number += 1
-    write_atomically(candidate, text)
+    with written(candidate):
+        write_atomically(candidate, text)
     return candidate

@@ -20,7 +20,7 @@ from callbacks.dashboard import INDEX, Dashboard, read_index
 from callbacks.loggers import CSV_FILE, WandbLog
 from callbacks.progress import in_words
 from callbacks.rollouts import Rollouts
-from callbacks.run_folder import MEDIA
+from callbacks.run_folder import MEDIA, written
 from policies.atomic_files import write_atomically
 from policies.interface import PolicyView
 
@@ -72,7 +72,11 @@ class RunSummary(Callback):
             console.print(_table(trainer, summary, self._keys(trainer)))
 
     def write(self, trainer: Trainer, status: str) -> dict[str, Any]:
-        """Write ``summary.json`` and return what it holds."""
+        """Write ``summary.json`` and return what it holds.
+
+        Raises:
+            RunFolderError: If the disk refuses.
+        """
         run = Path(trainer.default_root_dir)
         numbers = dict.fromkeys(self._keys(trainer)) | _numbers(trainer)
         summary = dict(sorted(numbers.items())) | {
@@ -82,7 +86,8 @@ class RunSummary(Callback):
             **_files(trainer, run),
         }
         if not getattr(trainer, "fast_dev_run", False):
-            write_atomically(run / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+            with written(run / SUMMARY_FILE):
+                write_atomically(run / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
         return summary
 
     def _keys(self, trainer: Trainer) -> Sequence[str]:

@@ -224,31 +224,6 @@ def test_a_torn_last_checkpoint_falls_back_to_the_newest_whole_one(
 
 
 @pytest.mark.parametrize(
-    ("number", "in_validation", "code"),
-    [
-        (signal.SIGTERM, False, train.EXIT_TERMINATED),
-        (signal.SIGTERM, True, train.EXIT_TERMINATED),
-        (signal.SIGINT, False, train.EXIT_INTERRUPTED),
-        (signal.SIGINT, True, train.EXIT_INTERRUPTED),
-    ],
-)
-def test_signals_save_a_checkpoint_and_set_the_exit_code(
-    here: Path,
-    capsys: pytest.CaptureFixture[str],
-    number: int,
-    in_validation: bool,
-    code: int,
-) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    step = 8 if in_validation else 6
-    assert stopped("fit", "-c", "toy.yaml", *at(step, number, in_validation)) == code
-    saved = read_checkpoint(last(here) / "checkpoints" / "last.ckpt")
-    assert saved["global_step"] == (8 if in_validation else 7), "the batch at hand is finished"
-    assert "--name toy --ckpt_path last" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["--data.init_args.fail", "demos.hdf5 lacks action"], "error: demos.hdf5 lacks action"),

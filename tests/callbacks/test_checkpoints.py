@@ -1,11 +1,8 @@
 """Checkpoints: whole or absent, finite or refused, read without running code."""
 
 import errno
-import multiprocessing
 import os
 import pickle
-import random
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from toy import BATCHES, Shout, ToyData, ToyModule, same
 
-from callbacks.checkpoints import AtomicCheckpointIO, Checkpoint, LastCheckpoint, sweep_parts
+from callbacks.checkpoints import AtomicCheckpointIO, Checkpoint, LastCheckpoint
 from callbacks.dashboard import Dashboard
 from callbacks.ema import EMA
 from policies.checkpoint_files import CheckpointError, newest_valid_checkpoint, read_checkpoint
@@ -141,42 +138,6 @@ def test_the_newest_checkpoint_that_can_be_read_is_found(tmp_path: Path) -> None
     assert "last.ckpt" in str(newest.damaged[0])
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         newest_valid_checkpoint(tmp_path / "nowhere")
-
-
-def save_for_ever(folder: Path) -> None:
-    torch.set_num_threads(1)  # torch's threads do not survive a fork
-    payload = {"weight": torch.zeros(200_000)}
-    for epoch in range(10**9):
-        AtomicCheckpointIO().save_checkpoint(
-            {"state_dict": payload, "epoch": epoch}, folder / f"{epoch % 3}.ckpt"
-        )
-
-
-def test_kill_9_while_writing_leaves_only_whole_checkpoints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Lightning's own writer tears files when TMPDIR is on another file system.
-    monkeypatch.setenv("TMPDIR", "/dev/shm")
-    processes = multiprocessing.get_context("fork")
-    chance = random.Random(0)
-    kills = interrupted = 0
-    while kills < 6 or (not interrupted and kills < 60):
-        kills += 1
-        writer = processes.Process(target=save_for_ever, args=(tmp_path,), daemon=True)
-        writer.start()
-        started = time.monotonic()
-        while not (tmp_path / "0.ckpt").exists() and time.monotonic() - started < 60:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.1))
-        writer.kill()
-        writer.join()
-        files = list(tmp_path.glob("*.ckpt"))
-        assert files
-        for file in files:
-            assert len(read_checkpoint(file)["state_dict"]["weight"]) == 200_000
-        interrupted += bool(sweep_parts(tmp_path))
-        assert {file.suffix for file in tmp_path.iterdir()} == {".ckpt"}
-    assert interrupted, f"none of {kills} kills hit a write: the test proves nothing"
 
 
 def fit(

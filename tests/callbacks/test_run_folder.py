@@ -1,7 +1,6 @@
 """Run folders: one for each run, found again, never shared."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 from callbacks.run_folder import (
     RunFolderError,
-    RunLock,
     create_run_folder,
     last_run_folder,
     point_last_at,
@@ -17,15 +15,6 @@ from callbacks.run_folder import (
 )
 
 NOON = datetime(2026, 3, 1, 12, 0, 0)
-
-
-def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        folders = list(
-            pool.map(lambda _: create_run_folder(tmp_path, "demo", started=NOON), range(24))
-        )
-    assert len(set(folders)) == 24
-    assert min(folders) == tmp_path / "demo" / "2026-03-01_12-00-00"
 
 
 def test_last_is_a_relative_link_to_the_newest_run(tmp_path: Path) -> None:
@@ -63,24 +52,6 @@ def test_a_folder_in_the_way_of_last_is_not_deleted(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="move it away"):
         point_last_at(folder)
     assert sorted(file.name for file in folder.parent.iterdir()) == sorted([folder.name, "last"])
-
-
-def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path)
-
-    def other_process() -> int:
-        child = os.fork()
-        if child == 0:
-            try:
-                RunLock(tmp_path)
-            except RunFolderError:
-                os._exit(3)
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    assert other_process() == 3
-    lock.release()
-    assert other_process() == 0
 
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
