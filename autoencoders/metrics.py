@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
@@ -105,6 +106,50 @@ class ReconstructionMetrics:
         self._sum_hat_square += float(hat.square().sum())
         self._cross += float((x * hat).sum())
         self._fires += fires.cpu()
+
+    @property
+    def sums(self) -> Float64[Tensor, " number"]:
+        """Everything since the last reset as numbers, to be gathered from several processes."""
+        centre = torch.zeros_like(self._sum) if self._centre is None else self._centre
+        scalars = (self._n, self._sum_square, self._residual, self._sum_hat_square, self._cross)
+        return torch.cat(
+            [
+                torch.tensor(scalars, dtype=torch.float64),
+                centre,
+                self._sum,
+                self._sum_hat,
+                self._fires.double(),
+            ]
+        )
+
+    def take(self, sums: Float64[Tensor, "process number"]) -> None:
+        """Replace what was seen by what several processes saw together.
+
+        Sums around one centre become sums around another c' = c - d exactly:
+        sum (x + d) = sum x + n d, sum (x + d)^2 = sum x^2 + 2 d . sum x + n d^2.
+
+        Args:
+            sums: Of each process.
+        """
+        self.reset()
+        widths = [1, 1, 1, 1, 1, self._d_in, self._d_in, self._d_in, self._n_latents]
+        for row in rearrange(sums.cpu(), "process number -> process 1 number"):
+            n, square, residual, hat_square, cross, centre, total, total_hat, fires = (
+                part[0] for part in row.split(widths, dim=-1)
+            )
+            if not n:
+                continue
+            middle = self._centre = centre if self._centre is None else self._centre
+            d = centre - middle
+            shift = float(n * (d @ d))
+            self._n += int(n)
+            self._residual += float(residual)
+            self._sum += total + n * d
+            self._sum_hat += total_hat + n * d
+            self._sum_square += float(square + 2 * d @ total) + shift
+            self._sum_hat_square += float(hat_square + 2 * d @ total_hat) + shift
+            self._cross += float(cross + d @ total + d @ total_hat) + shift
+            self._fires += fires.long()
 
     def compute(self) -> ReconstructionQuality:
         """Numbers over everything since the last reset.

@@ -1,16 +1,21 @@
 """One row for each validation: every number, and the pictures and tables beside them."""
 
+import contextlib
 import itertools
 import json
 import math
 import re
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, Self, override, runtime_checkable
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from callbacks.run_folder import MEDIA
 from policies.atomic_files import write_atomically
@@ -24,6 +29,9 @@ ROW_KINDS = ("scalars", "images", "videos", TABLES, "histograms")
 """Kinds of findings that share the names of one row."""
 MAX_ROWS = 10_000
 """Rows of a table that W&B shows (``wandb.Table.MAX_ROWS``)."""
+ERROR_FILE = "diagnostic_errors.log"
+LONGEST_DIAGNOSTIC = timedelta(days=30)
+"""How long processes wait for the one that runs diagnostics; one that died is noticed at once."""
 MAX_BINS = 512
 """Bins of a histogram that W&B takes (``wandb.Histogram.MAX_LENGTH``)."""
 FILE_KEY = re.compile(r"(?=.{1,100}$)[\w-]+(/[\w-]+)*", re.ASCII)
@@ -55,6 +63,7 @@ class Dashboard(Callback):
     """Gathers the findings of all diagnostics and logs them with the validation's metrics.
 
     Numbers also become callback metrics, so that checkpoints and early stopping can monitor them.
+    Of several processes only the first writes and logs; all know the same numbers.
     """
 
     def __init__(self) -> None:
@@ -69,6 +78,7 @@ class Dashboard(Callback):
         self._training_since: float | None = None
         self._trained_before_s = 0.0
         self._step_offset = 0
+        self._waiting_group: Any = None
 
     @classmethod
     def of(cls, trainer: Trainer) -> Self:
@@ -105,6 +115,17 @@ class Dashboard(Callback):
         self._step_offset = 0
         for logger in _gathering(trainer.loggers):
             logger.follow(trainer, 0)
+        if trainer.world_size > 1:
+            # Waiting for a diagnostic takes longer than an exchange of gradients may.
+            self._waiting_group = dist.new_group(backend="gloo", timeout=LONGEST_DIAGNOSTIC)
+
+    def from_first[Kind](self, trainer: Trainer, value: Kind) -> Kind:
+        """Return the first process's value in all processes, however long it takes to come."""
+        if trainer.world_size == 1:
+            return value
+        carried: list[Any] = [value]
+        dist.broadcast_object_list(carried, src=0, group=self._waiting_group)
+        return carried[0]
 
     @override
     def on_load_checkpoint(
@@ -114,7 +135,8 @@ class Dashboard(Callback):
         if trainer.state.fn == "fit":
             for logger in _gathering(trainer.loggers):
                 logger.rewind(step)
-            self._forget_media_after(Path(trainer.default_root_dir) / MEDIA, step)
+            if trainer.is_global_zero:
+                self._forget_media_after(Path(trainer.default_root_dir) / MEDIA, step)
         else:
             # Outside fit Lightning does not restore the step count.
             self._step_offset = step
@@ -201,8 +223,10 @@ class Dashboard(Callback):
         self._media = replace(Findings(**merged), scalars={})
         if trainer.validating or trainer.testing:
             if findings.scalars:
+                # Every process has the first one's numbers: there is nothing to average.
                 module.log_dict(
                     {key: float(value) for key, value in findings.scalars.items()},
+                    sync_dist=True,
                     rank_zero_only=True,
                     batch_size=1,
                 )
@@ -229,14 +253,18 @@ class Dashboard(Callback):
                 logger.release(metrics, media)
             elif metrics:
                 logger.log_metrics(metrics, step=step)
-        files = {
-            "images": media.images,
-            "videos": media.videos,
-            TABLES: _write_tables(self.media_folder(trainer) / TABLES, media.tables),
-            "arrays": media.arrays,
-        }
-        if any(files.values()):
-            self._write_index(Path(trainer.default_root_dir), step, files)
+        try:
+            files = {
+                "images": media.images,
+                "videos": media.videos,
+                TABLES: _write_tables(self.media_folder(trainer) / TABLES, media.tables),
+                "arrays": media.arrays,
+            }
+            if any(files.values()):
+                self._write_index(Path(trainer.default_root_dir), step, files)
+        except (OSError, ValueError) as error:
+            # A full disk, or an index that somebody damaged: the numbers are logged already.
+            note_failure(trainer, MEDIA, error)
 
     @staticmethod
     def _write_index(run: Path, step: int, files: Mapping[str, Mapping[str, str]]) -> None:
@@ -255,8 +283,10 @@ class Dashboard(Callback):
     def _forget_media_after(folder: Path, step: int) -> None:
         file = folder / INDEX
         if file.is_file():
-            kept = {key: entry for key, entry in read_index(file).items() if int(key) <= step}
-            write_atomically(file, json.dumps(kept, indent=1) + "\n")
+            index = read_index(file)
+            kept = {key: entry for key, entry in index.items() if int(key) <= step}
+            if len(kept) < len(index):
+                write_atomically(file, json.dumps(kept, indent=1) + "\n")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -268,6 +298,22 @@ class Dashboard(Callback):
         self.latest = dict(state_dict["latest"])
         self._diagnosing_s = state_dict["diagnosing_s"]
         self._trained_before_s = state_dict["trained_s"]
+
+
+def note_failure(trainer: Trainer, name: str, error: Exception) -> None:
+    """Count what failed without stopping training: warn the first time, keep every traceback."""
+    dashboard = Dashboard.of(trainer)
+    file = Path(trainer.default_root_dir) / ERROR_FILE
+    # A disk that is full for a picture is full for the traceback too.
+    with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as log:
+        log.write(
+            f"step {trainer.global_step}, {name}\n{''.join(traceback.format_exception(error))}\n"
+        )
+    if name not in dashboard.failed:
+        rank_zero_warn(
+            f"{name} failed ({type(error).__name__}: {error}); training goes on, details in {file}"
+        )
+    dashboard.failed.append(name)
 
 
 def check_findings(findings: Findings) -> None:

@@ -5,6 +5,7 @@ from typing import Any, override
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 
@@ -54,6 +55,16 @@ class EMA(WeightAveraging):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the weights to average.
+
+        Raises:
+            ValueError: If no process holds all of them.
+        """
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"EMA needs all weights in each process, and {type(trainer.strategy).__name__} "
+                "spreads them: leave EMA out, or use the strategy ddp"
+            )
         if stage == "fit":
             # A second fit in one process goes on with the weights, not with their average.
             self._show_weights(pl_module)

@@ -7,13 +7,16 @@ What it takes, and who does it:
    read ahead at once (Lightning issue 21938).
 2. Random states are stored after each optimiser step and restored before the next batch is
    fetched. Validation and diagnostics leave them alone, so training does not depend on how often
-   either happens.
+   either happens. Of several processes, each but the first draws the numbers of a batch from a seed
+   of its own for that batch: noise differs between processes, and the first knows everything that a
+   checkpoint needs, even when the others are gone.
 3. Lightning's loop counters mean different things depending on the hook that saved; they are
    rewritten to one of two states on loading: between two batches, or between two epochs.
 4. A checkpoint says whether the validation of its step is still due; then it is run before anything
    else, also when no step is left to train.
-5. What would silently change the sequence of batches is refused: another batch size, number of
-   processes, gradient accumulation, or data set.
+5. What would silently change the sequence of batches is refused: another size of the batches of
+   all processes together, gradient accumulation, or data set. The same batches may be dealt to
+   another number of processes; noise and the order of sums differ then.
 """
 
 import contextlib
@@ -66,10 +69,29 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
 
 
+def seed_process(seed: int, rank: int, batch: int) -> None:
+    """Start the global generators of a process afresh for a batch.
+
+    Args:
+        seed: Of the run.
+        rank: Of the process.
+        batch: Batches since the start of the run.
+    """
+    words = np.random.SeedSequence([seed, rank, batch]).generate_state(3, np.uint64).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1] & 0xFFFFFFFF)
+    torch.manual_seed(words[2] >> 1)
+
+
 class ExactResume(Callback):
-    """Stores and restores everything that decides the next batch and the next random number."""
+    """Stores and restores everything that decides the next batch and the next random number.
+
+    Raises:
+        ValueError: In ``setup``, if a strategy would save a checkpoint in parts.
+    """
 
     def __init__(self) -> None:
+        self._seed = 0
         self._boundary: dict[str, Any] | None = None
         self._restore: RandomState | None = None
         self._before_validation: RandomState | None = None
@@ -77,8 +99,15 @@ class ExactResume(Callback):
         self._step = 0
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_sharded(trainer)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        if self._boundary is None:
+            # Without seed_everything each process has another.
+            self._seed = trainer.strategy.broadcast(torch.initial_seed() & (2**63 - 1))
         if self._restore is not None:
             restore_random_state(self._restore)
             self._restore = None
@@ -95,6 +124,13 @@ class ExactResume(Callback):
             # count decides which steps are logged.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._first_batch = False
+        self._differ(trainer, validating=False)
+
+    def _differ(self, trainer: Trainer, validating: bool) -> None:
+        """Give each process but the first random numbers of its own."""
+        if trainer.global_rank:
+            batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+            seed_process(self._seed, trainer.global_rank, 2 * batches + validating)
 
     @override
     def on_train_batch_end(
@@ -111,6 +147,7 @@ class ExactResume(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._before_validation = random_state()
+            self._differ(trainer, validating=True)
             # Whether it takes place may have been decided after the end of the batch.
             self._note_validation(trainer, due=True)
 
@@ -134,6 +171,7 @@ class ExactResume(Callback):
     ) -> None:
         checkpoint["exact_resume"] = {
             **(self._boundary or _boundary(trainer)),
+            "seed": self._seed,
             "conditions": conditions(trainer),
         }
 
@@ -171,8 +209,11 @@ class ExactResume(Callback):
                 "continue in the middle of an epoch with it"
             )
         self._restore = saved["random_state"]
-        self._boundary = {key: value for key, value in saved.items() if key != "conditions"}
+        self._boundary = {
+            key: value for key, value in saved.items() if key not in {"conditions", "seed"}
+        }
         # Checkpoints of earlier versions do not say.
+        self._seed = saved.get("seed", 0)
         if self._boundary.setdefault("validation_due", False):
             # No hook comes before a loop that finds nothing left to train.
             trainer.fit_loop.__class__ = _ValidateFirst
@@ -216,8 +257,27 @@ def _end_of_epoch(fit_loop: _FitLoop) -> Iterator[None]:
     batches.current.ready = 0
 
 
+def refuse_sharded(trainer: Trainer) -> None:
+    """Refuse a strategy whose checkpoints this project could not read.
+
+    Raises:
+        ValueError: If it saves in parts: ``--ckpt_path``, analyses and exports need one file.
+    """
+    if getattr(trainer.strategy, "_state_dict_type", "full") == "sharded" or getattr(
+        trainer.strategy, "_save_distributed_checkpoint", False
+    ):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} saves a checkpoint in parts; set its "
+            "state_dict_type to full (FSDPStrategy), or save_distributed_checkpoint to false "
+            "(ModelParallelStrategy)"
+        )
+
+
 def conditions(trainer: Trainer) -> dict[str, Any]:
-    """Gather what must not change between a run and its continuation."""
+    """Gather what must not change between a run and its continuation.
+
+    Batch size and number of processes may, as long as their product stays.
+    """
     datamodule = getattr(trainer, "datamodule", None)
     fingerprint = getattr(datamodule, "fingerprint", None)
     return {
@@ -229,16 +289,25 @@ def conditions(trainer: Trainer) -> dict[str, Any]:
 
 
 def _refuse_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    differing = {key for key in saved if saved[key] != current.get(key)}
+    dealt = {"batch_size", "processes"}
+    if differing & dealt and None not in {saved["batch_size"], current["batch_size"]}:
+        if _joined(saved) == _joined(current):
+            differing -= dealt
+        else:
+            differing |= dealt
     changed = [
-        f"{key}: {saved[key]} then, {current.get(key)} now"
-        for key in saved
-        if saved[key] != current.get(key)
+        f"{key}: {saved[key]} then, {current.get(key)} now" for key in saved if key in differing
     ]
     if changed:
         raise CheckpointError(
             f"cannot continue this run with other batches ({'; '.join(changed)}); restore these, "
             "or start a new run"
         )
+
+
+def _joined(batches: Mapping[str, Any]) -> Any:
+    return batches["batch_size"] * batches["processes"]
 
 
 def _boundary(trainer: Trainer) -> dict[str, Any]:

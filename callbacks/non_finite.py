@@ -3,6 +3,7 @@
 from typing import Any, override
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,7 +20,9 @@ class NonFiniteError(ValueError):
 class NonFiniteStop(Callback):
     """Checks the loss and all gradients between the backward pass and the optimiser's step.
 
-    The weights are still good when it stops, and so is the checkpoint that is then written.
+    The weights are still good when it stops, and so is the checkpoint that is then written. Of
+    several processes all stop at the same step, also when only one has met a bad value, and each
+    says what all of them found.
 
     Args:
         every_n_steps: Optimiser steps between two checks; each check waits for the GPU.
@@ -65,14 +68,26 @@ class NonFiniteStop(Callback):
             # The largest magnitude, unlike a sum of squares, does not overflow.
             largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
             checks.append(torch.isfinite(largest).to(checks[0].device))
-        if bool(torch.stack(checks).all()):
+        is_finite = bool(torch.stack(checks).all())
+        if trainer.strategy.reduce_boolean_decision(is_finite, all=True):
             return
+        found = "" if is_finite else f"{_culprit(pl_module, losses, scaled)}; {_samples(batches)}"
         raise NonFiniteError(
-            f"step {trainer.global_step}: {_culprit(pl_module, losses, scaled)}; "
-            f"{_samples(batches)}. The weights are still those of the last good step. "
-            "Look at these samples, lower the learning rate, or clip gradients "
-            "(--trainer.gradient_clip_val)"
+            f"step {trainer.global_step}: {_of_all(trainer, found)}. The weights are still those "
+            "of the last good step. Look at these samples, lower the learning rate, or clip "
+            "gradients (--trainer.gradient_clip_val)"
         )
+
+
+def _of_all(trainer: Trainer, found: str) -> str:
+    """Join what each process found; one whose own data are at fault comes first."""
+    if trainer.world_size == 1:
+        return found
+    everyone: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(everyone, found)
+    named = [f"process {rank}: {text}" for rank, text in enumerate(everyone) if text]
+    # A bad loss of one makes the averaged gradients of all bad.
+    return "; ".join(sorted(named, key=lambda text: "the loss is" not in text))
 
 
 def _culprit(module: LightningModule, losses: list[Tensor], scaled: bool) -> str:

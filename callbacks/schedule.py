@@ -3,30 +3,28 @@
 import contextlib
 import re
 import time
-import traceback
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, override
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from callbacks.dashboard import Dashboard, check_findings
+from callbacks.dashboard import Dashboard, check_findings, note_failure
 from callbacks.exact_resume import random_state, restore_random_state
 from policies.interface import Findings
-
-ERROR_FILE = "diagnostic_errors.log"
 
 
 class Diagnostic(Callback):
     """Looks at the policy now and then, without leaving a trace in training.
 
     Runs at the end of a validation, with the weights that are being validated, at most once per
-    optimiser step, never in the sanity check, on one process only, and always at the last
-    validation of a run. Its findings go to the :class:`~callbacks.dashboard.Dashboard`.
+    optimiser step, never in the sanity check, and always at the last validation of a run. Its
+    findings go to the :class:`~callbacks.dashboard.Dashboard`. Of several processes the first runs
+    it while the others wait, for as long as it takes; then all have its numbers.
 
     With ``max_share`` it keeps out of the way of training: when one more run, as long as the one
     before, would lift its share of the wall time above that, it is skipped, except at the first
@@ -145,23 +143,46 @@ class Diagnostic(Callback):
         self._run(trainer, pl_module)
 
     def _run(self, trainer: Trainer, module: LightningModule, may_skip: bool = False) -> None:
-        # Someone waits for the process to end. A validation without this would count as done.
-        if trainer.received_sigterm and trainer.state.fn == "fit" and trainer.validating:
+        dashboard = Dashboard.of(trainer)
+        outcome = None
+        if trainer.is_global_zero:
+            outcome = self._attempt(trainer, module, dashboard, may_skip)
+        # The first process decides and works; the others wait for what it says.
+        known = dashboard.from_first(trainer, outcome and outcome.message)
+        assert known is not None
+        if known.is_stopped:
             raise SIGTERMException
         self._last_step = trainer.global_step
-        # Outside a validation, hand over at the next safe point instead.
-        if (
-            not trainer.is_global_zero
-            or getattr(trainer, "fast_dev_run", False)
-            or trainer.received_sigterm
-        ):
+        if outcome is not None and outcome.error is not None:
+            raise outcome.error
+        if known.failure is not None:
+            raise DiagnosticError(f"{self.name} failed in the first process: {known.failure}")
+        if known.took_s is None:
+            if known.is_skipped:
+                self._note_share(dashboard, skipped=True)
             return
-        dashboard = Dashboard.of(trainer)
+        if trainer.state.fn == "fit":
+            self._spent_s += known.took_s
+            self._last_s = known.took_s
+            if self.max_share is not None:
+                self._note_share(dashboard, skipped=False)
+        findings = Findings(scalars=known.scalars) if outcome is None else outcome.findings
+        dashboard.receive(trainer, module, self.name, findings, known.took_s)
+
+    def _attempt(
+        self, trainer: Trainer, module: LightningModule, dashboard: Dashboard, may_skip: bool
+    ) -> "_Outcome":
+        """Run on the first process, if it is time."""
+        # Someone waits for the process to end. A validation without this would count as done.
+        if trainer.received_sigterm and trainer.state.fn == "fit" and trainer.validating:
+            return _Outcome(_Message(is_stopped=True))
+        # Outside a validation, hand over at the next safe point instead.
+        if getattr(trainer, "fast_dev_run", False) or trainer.received_sigterm:
+            return _Outcome(_Message())
         if may_skip and self.max_share is not None:
             spent_s = self._spent_s + self._last_s
             if spent_s > self.max_share * (dashboard.elapsed_s + self._last_s):
-                self._note_share(dashboard, skipped=True)
-                return
+                return _Outcome(_Message(is_skipped=True))
         folder = dashboard.media_folder(trainer) / self.name
         began = time.perf_counter()
         findings = Findings()
@@ -174,18 +195,14 @@ class Diagnostic(Callback):
             findings = found
         except Exception as error:
             if self.strict:
-                raise
+                return _Outcome(_Message(failure=f"{type(error).__name__}: {error}"), error=error)
             note_failure(trainer, self.name, error)
         finally:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only when nothing was drawn
-        took_s = time.perf_counter() - began
-        if trainer.state.fn == "fit":
-            self._spent_s += took_s
-            self._last_s = took_s
-            if self.max_share is not None:
-                self._note_share(dashboard, skipped=False)
-        dashboard.receive(trainer, module, self.name, findings, took_s)
+        scalars = {key: float(value) for key, value in findings.scalars.items()}
+        message = _Message(took_s=time.perf_counter() - began, scalars=scalars)
+        return _Outcome(message, findings)
 
     def _note_share(self, dashboard: Dashboard, skipped: bool) -> None:
         dashboard.note(
@@ -196,20 +213,28 @@ class Diagnostic(Callback):
         )
 
 
-def note_failure(trainer: Trainer, name: str, error: Exception) -> None:
-    """Count what failed without stopping training: warn the first time, keep every traceback."""
-    dashboard = Dashboard.of(trainer)
-    file = Path(trainer.default_root_dir) / ERROR_FILE
-    # A disk that is full for a picture is full for the traceback too.
-    with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as log:
-        log.write(
-            f"step {trainer.global_step}, {name}\n{''.join(traceback.format_exception(error))}\n"
-        )
-    if name not in dashboard.failed:
-        rank_zero_warn(
-            f"{name} failed ({type(error).__name__}: {error}); training goes on, details in {file}"
-        )
-    dashboard.failed.append(name)
+class DiagnosticError(ValueError):
+    """A strict diagnostic failed in the first process; the message says how."""
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What the first process tells the others."""
+
+    is_stopped: bool = False
+    is_skipped: bool = False
+    failure: str | None = None
+    took_s: float | None = None
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came out on the first process."""
+
+    message: _Message
+    findings: Findings = field(default_factory=Findings)
+    error: Exception | None = None
 
 
 def is_last_validation(trainer: Trainer) -> bool:

@@ -22,7 +22,9 @@ from datamodules.activation_store import (
     ActivationShapes,
     ActivationStatistics,
     ActivationStore,
+    Compute,
     Dtype,
+    Workers,
     default_activation_cache,
     full_identity,
     identity_key,
@@ -38,12 +40,13 @@ from datamodules.opening import (
     training_data,
 )
 from datamodules.progress import progress_bar
-from datamodules.sampling import EpochBatchSampler
+from datamodules.sampling import EvaluationBatchSampler, own_share
 from datamodules.shuffle_buffer import Per, ShuffleBuffer, VectorDataset, VectorSampler
 from features.taps import Tap, find_tap, read_activations
 from features.token_sampling import Method, SampledTokens, TokenSampler
 from policies.interface import PolicyView
 from policies.loading import LoadedPolicy, load_policy
+from policies.workers import Engine
 
 Split = Literal["train", "calibration", "val"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "val")
@@ -142,6 +145,10 @@ class ActivationDataModule(LightningDataModule):
         seed: Of the split, of random_fixed tokens, and of the order of vectors.
         frame_storage: Where the demonstrations' frames lie: ram or memmap (a cache on disk).
         progress: Show progress bars.
+        n_workers: Processes of one thread that compute what is stored, each with the policy and the
+            demonstrations of its own (frame_storage memmap shares them); 0 computes in this one.
+        engine: Where workers run: processes of this machine, or tasks of a ray cluster.
+        shard_mb: Size of a stored file in MiB; a worker computes one after the other.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -170,6 +177,9 @@ class ActivationDataModule(LightningDataModule):
         seed: int = 0,
         frame_storage: Literal["ram", "memmap"] = "ram",
         progress: bool = True,
+        n_workers: int = 0,
+        engine: Engine = "processes",
+        shard_mb: float = 256,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -177,6 +187,7 @@ class ActivationDataModule(LightningDataModule):
             ("val_batch_size", 1 if val_batch_size is None else val_batch_size, 1),
             ("frames_per_batch", frames_per_batch, 1),
             ("seed", seed, 0),
+            ("n_workers", n_workers, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -206,6 +217,9 @@ class ActivationDataModule(LightningDataModule):
         self.seed = seed
         self.frame_storage: Literal["ram", "memmap"] = frame_storage
         self.progress = progress
+        self.n_workers = n_workers
+        self.engine: Engine = engine
+        self.shard_mb = shard_mb
         self._source: ActivationStore | PolicyActivations | None = None
         self._buffers: dict[str, ShuffleBuffer] = {}
         self._train_sampler: VectorSampler | None = None
@@ -383,16 +397,8 @@ class ActivationDataModule(LightningDataModule):
             return
         device = self._device()
         _move(self.policy, device)
-        data = self.demonstrations
         self.split  # noqa: B018  (refuses too few episodes before anything is computed)
-        live = PolicyActivations(
-            self.policy,
-            self.layer,
-            self.tokens,
-            data.dataset(data.store.shapes.episode_numbers),
-            self.dtype,
-            device,
-        )
+        live = self.live(device)
         if self.storage == "stream":
             self._source = live
         else:
@@ -403,10 +409,37 @@ class ActivationDataModule(LightningDataModule):
                 self.dtype,
                 self.identity,
                 live.compute,
-                progress=self.progress,
+                self.shard_mb,
+                self.progress,
+                self._workers(device),
             )
         for name in SPLITS:
             self._buffers[name] = self._buffer(self.split[name])
+
+    def live(self, device: torch.device) -> PolicyActivations:
+        """Activations straight from the policy, which is on that device."""
+        data = self.demonstrations
+        frames = data.dataset(data.store.shapes.episode_numbers)
+        return PolicyActivations(self.policy, self.layer, self.tokens, frames, self.dtype, device)
+
+    def _workers(self, device: torch.device) -> Workers | None:
+        if self.n_workers == 0:
+            return None
+        episodes = self.episodes
+        settings = {
+            "policy_path": self.policy_path,
+            "dataset_repo_id": self.data_name,
+            "layer": self.layer,
+            "token_sampling": self.token_sampler.method,
+            "token_ratio": self.token_sampler.ratio,
+            "seed": self.token_sampler.seed,
+            "episodes": tuple(episodes) if isinstance(episodes, list) else episodes,
+            "dtype": self.dtype,
+            "frames_per_batch": self.frames_per_batch,
+            "frame_storage": self.frame_storage,
+        }
+        source = ActivationSource(tuple(settings.items()), str(device), self.fingerprint)
+        return Workers(self.n_workers, self.engine, source)
 
     def _device(self) -> torch.device:
         if self.device != "auto":
@@ -523,13 +556,7 @@ class ActivationDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Vectors of the validation episodes in order of time."""
         buffer = self._buffer_of("val")
-        sampler = EpochBatchSampler(
-            len(buffer),
-            self.val_batch_size,
-            shuffle=False,
-            rank=self._rank,
-            world_size=self._world,
-        )
+        sampler = EvaluationBatchSampler(len(buffer), self.val_batch_size, self._rank, self._world)
         return self._loader(VectorDataset(buffer, dtype=self.batch_dtype), sampler)
 
     def test_dataloader(self) -> DataLoader:
@@ -537,9 +564,14 @@ class ActivationDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader:
-        """Validation vectors through torch's own sampler, which Lightning wraps to predict."""
+        """This rank's share of the validation vectors; together, ranks predict each once.
+
+        Through torch's own batch sampler: Lightning wraps it to know the indices of a batch.
+        """
+        buffer = self._buffer_of("val")
         return DataLoader(
-            VectorDataset(self._buffer_of("val"), dtype=self.batch_dtype),
+            VectorDataset(buffer, dtype=self.batch_dtype),
+            sampler=own_share(len(buffer), self._rank, self._world),
             batch_size=self.val_batch_size,
             collate_fn=_whole,
             generator=self._generator(),
@@ -553,7 +585,9 @@ class ActivationDataModule(LightningDataModule):
     def _world(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
 
-    def _loader(self, dataset: VectorDataset, sampler: EpochBatchSampler) -> DataLoader:
+    def _loader(
+        self, dataset: VectorDataset, sampler: VectorSampler | EvaluationBatchSampler
+    ) -> DataLoader:
         # Worker processes would each fill a buffer of their own.
         return DataLoader(
             dataset,
@@ -573,8 +607,8 @@ class ActivationDataModule(LightningDataModule):
             "fingerprint": self.fingerprint,
             "split": self.split,
             "seed": self.seed,
-            "batch_size": self.batch_size,
-            "world_size": self._world,
+            # How a batch is dealt to processes does not matter.
+            "joined_batch_size": self.batch_size * self._world,
             "per": self.per,
             "buffer_mb": self.buffer_mb,
             "frames_per_batch": self.shapes.frames_per_batch,
@@ -615,6 +649,40 @@ class ActivationDataModule(LightningDataModule):
                 f"(its policy was {state_dict['policy']!r}, its data {state_dict['source']!r}), or "
                 "start a new run"
             )
+
+
+@dataclass(frozen=True)
+class ActivationSource:
+    """What computes activations, as it is sent to a worker process.
+
+    Args:
+        settings: Arguments of an :class:`ActivationDataModule`.
+        device: Of the policy.
+        fingerprint: Of the activations that are asked for.
+    """
+
+    settings: tuple[tuple[str, Any], ...]
+    device: str
+    fingerprint: str
+
+    def __call__(self) -> Compute:
+        """Load the policy, and open the demonstrations.
+
+        Raises:
+            ValueError: If policy or data have changed since they were asked for.
+        """
+        settings = dict(self.settings)
+        if isinstance(settings["episodes"], tuple):
+            settings["episodes"] = [*settings["episodes"]]
+        data = ActivationDataModule(**settings, progress=False)
+        if data.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{data.policy_path} or {data.data_name} changed while activations were computed; "
+                "start again"
+            )
+        device = torch.device(self.device)
+        _move(data.policy, device)
+        return data.live(device).compute
 
 
 def policy_hash(view: PolicyView) -> str:

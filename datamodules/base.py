@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.chunking import ChunkDataset, whole_batch
 from datamodules.frame_store import FrameStore, FrameWriter, Storage, StoreShapes, build_store
-from datamodules.sampling import EpochBatchSampler
+from datamodules.sampling import EpochBatchSampler, EvaluationBatchSampler, own_share
 from datamodules.statistics import compute_statistics
 from policies.interface import Batch, DataSchema, DataStatistics
 
@@ -332,8 +332,8 @@ class DemonstrationDataModule(LightningDataModule):
         if self._train_sampler is None:
             self._train_sampler = self.train_sampler(
                 shuffle=not getattr(trainer, "overfit_batches", 0),
-                rank=0 if trainer is None else trainer.global_rank,
-                world_size=1 if trainer is None else trainer.world_size,
+                rank=self._rank,
+                world_size=self._world,
             )
             if self._resume is not None:
                 self._train_sampler.resume_at(*self._resume)
@@ -359,13 +359,8 @@ class DemonstrationDataModule(LightningDataModule):
         """Held-out episodes in order of time; an empty list when there are none."""
         if self.val_dataset is None:
             return []
-        trainer = self.trainer
-        sampler = EpochBatchSampler(
-            len(self.val_dataset),
-            self.val_batch_size,
-            shuffle=False,
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=1 if trainer is None else trainer.world_size,
+        sampler = EvaluationBatchSampler(
+            len(self.val_dataset), self.val_batch_size, self._rank, self._world
         )
         return self._loader(self.val_dataset, sampler)
 
@@ -374,18 +369,32 @@ class DemonstrationDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader | list:
-        """Held-out episodes through torch's own sampler, which Lightning wraps to predict."""
+        """This rank's share of the held-out samples; together, ranks predict each sample once.
+
+        Through torch's own batch sampler: Lightning wraps it to know the indices of a batch.
+        """
         if self.val_dataset is None:
             return []
         return DataLoader(
             self.val_dataset,
+            sampler=own_share(len(self.val_dataset), self._rank, self._world),
             batch_size=self.val_batch_size,
             num_workers=self.num_workers,
             collate_fn=whole_batch,
             generator=self._generator(),
         )
 
-    def _loader(self, dataset: ChunkDataset, sampler: EpochBatchSampler) -> DataLoader:
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _world(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def _loader(
+        self, dataset: ChunkDataset, sampler: EpochBatchSampler | EvaluationBatchSampler
+    ) -> DataLoader:
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -400,13 +409,12 @@ class DemonstrationDataModule(LightningDataModule):
 
     def _resume_facts(self) -> dict[str, Any]:
         """Everything that decides which samples a batch holds."""
-        trainer = self.trainer
         return {
             "fingerprint": self.fingerprint,
             "split": self.split,
             "seed": self.seed,
-            "batch_size": self.batch_size,
-            "world_size": 1 if trainer is None else trainer.world_size,
+            # How a batch is dealt to processes does not matter.
+            "joined_batch_size": self.batch_size * self._world,
             "drop_last": self.drop_last,
             "chunk_size": self._chunk_size,
             "n_obs_steps": self.n_obs_steps,

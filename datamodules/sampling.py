@@ -122,3 +122,52 @@ class EpochBatchSampler(Sampler[list[int]]):
                 shared = np.concatenate([shared, np.resize(order, lacking)])
             share = len(shared) // self._world_size
             yield shared[self._rank * share : (self._rank + 1) * share].tolist()
+
+
+class EvaluationBatchSampler(Sampler[list[int]]):
+    """Batches in order for metrics: all ranks together see every sample exactly once.
+
+    Ranks get equally many batches, so that each can wait for the others in every step, and none of
+    them is empty. A batch may have a sample less than that of another rank; those of a rest with
+    fewer samples than ranks join the batch before, which then has one more on some ranks.
+
+    Args:
+        n_samples: Samples of the data set.
+        batch_size: Samples of a batch on one rank.
+        rank: Of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: When there are fewer samples than processes.
+    """
+
+    def __init__(self, n_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if n_samples < world_size:
+            raise ValueError(
+                f"{n_samples} validation samples on {world_size} processes: hold out more "
+                "(val_fraction), or use fewer processes"
+            )
+        self._n_samples = n_samples
+        self._together = batch_size * world_size
+        self._rank = rank
+        self._world_size = world_size
+
+    def __len__(self) -> int:
+        """Batches on each rank."""
+        whole, rest = divmod(self._n_samples, self._together)
+        return whole + (rest >= self._world_size or not whole)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Deal the batches of this rank."""
+        n_batches = len(self)
+        for batch in range(n_batches):
+            start = batch * self._together
+            last = batch + 1 == n_batches
+            stop = self._n_samples if last else start + self._together
+            share = own_share(stop - start, self._rank, self._world_size)
+            yield list(range(start + share.start, start + share.stop))
+
+
+def own_share(n_samples: int, rank: int, world_size: int) -> range:
+    """Consecutive samples of one rank; all ranks together have each once, sizes differ by 1."""
+    return range(n_samples * rank // world_size, n_samples * (rank + 1) // world_size)

@@ -15,7 +15,13 @@ from lightning_modules.augmentation import (
     require_points,
 )
 from lightning_modules.data_schema import refuse_other_data, store_schema
-from lightning_modules.metrics import ChunkL1, baseline_l1, chunk_l1_scalars
+from lightning_modules.metrics import (
+    ChunkL1,
+    baseline_l1,
+    chunk_l1_scalars,
+    epoch_weight,
+    mean_over_processes,
+)
 from lightning_modules.optimisation import (
     ParameterGroup,
     Schedule,
@@ -141,8 +147,11 @@ class ActModule(LightningModule):
         batch = self._augmented(batch, batch_idx)
         loss: ACTLoss = self._compute_loss(batch, self.kl_weight)
         self.train_reconstruction.update(loss.prediction, batch.actions, batch.action_is_pad)
-        self.log("train/loss", loss.total, prog_bar=True)
-        self.log_dict({"train/l1": loss.l1, "train/kl_nats": loss.kl})
+        scalars = {"train/loss": loss.total, "train/l1": loss.l1, "train/kl_nats": loss.kl}
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            scalars = mean_over_processes(self, scalars)
+        self.log("train/loss", scalars.pop("train/loss"), prog_bar=True)
+        self.log_dict(scalars)
         return loss.total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -171,19 +180,22 @@ class ActModule(LightningModule):
             "val/kl_nats": loss.kl,
             **baseline_l1(batch.actions[:, 0], batch.observation.state, mean_action, self.unit),
         }
-        self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=len(batch))
+        weight = epoch_weight(self, len(batch))
+        self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=weight)
 
     def on_validation_epoch_end(self) -> None:
         """Log errors in data units, per chunk step."""
         self._log_chunk_l1("val/reconstruction_l1", self.val_reconstruction)
         per_step = self._log_chunk_l1("val/l1", self.val_prediction)
-        self.log(f"val/first_action_l1_{self.unit}", per_step[0].float(), prog_bar=True)
+        name = f"val/first_action_l1_{self.unit}"
+        self.log(name, per_step[0].float(), prog_bar=True, sync_dist=True)
         self.val_reconstruction.reset()
         self.val_prediction.reset()
 
     def _log_chunk_l1(self, name: str, metric: ChunkL1) -> Tensor:
         per_step, scalars = chunk_l1_scalars(name, self.unit, metric)
-        self.log_dict(scalars)
+        # Of all processes already; Lightning warns where nothing is to be averaged.
+        self.log_dict(scalars, sync_dist=True)
         return per_step
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

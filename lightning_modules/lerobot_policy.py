@@ -11,7 +11,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_modules.data_schema import refuse_other_data, store_schema
-from lightning_modules.metrics import ChunkL1, baseline_l1, chunk_l1_scalars
+from lightning_modules.metrics import (
+    ChunkL1,
+    baseline_l1,
+    chunk_l1_scalars,
+    epoch_weight,
+    mean_over_processes,
+)
 from lightning_modules.optimisation import (
     Schedule,
     build_schedule,
@@ -141,8 +147,14 @@ class LeRobotPolicyModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """LeRobot's loss of one batch."""
         loss, parts = self.policy.forward(self.view.training_batch(batch))
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in _scalars(parts).items()})
+        scalars = {"train/loss": loss} | {
+            f"train/{name}": torch.as_tensor(value, device=loss.device)
+            for name, value in _scalars(parts).items()
+        }
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            scalars = mean_over_processes(self, scalars)
+        self.log("train/loss", scalars.pop("train/loss"), prog_bar=True)
+        self.log_dict(scalars)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -169,7 +181,8 @@ class LeRobotPolicyModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure LeRobot's loss, and the error of what the policy would do."""
-        seed = self.hparams["validation_seed"] + batch_idx
+        number = batch_idx * self.trainer.world_size + self.global_rank
+        seed = self.hparams["validation_seed"] + number
         with _without_trace(self.policy, seed):
             loss, _ = self.policy.forward(self.view.training_batch(batch))
         now = -self.needs.action_start
@@ -183,13 +196,15 @@ class LeRobotPolicyModule(LightningModule):
             state = state[:, -1]
         mean_action = self._datamodule.statistics.action.mean
         values = {"val/loss": loss, **baseline_l1(actions[:, 0], state, mean_action, self.unit)}
-        self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=len(batch))
+        weight = epoch_weight(self, len(batch))
+        self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=weight)
 
     def on_validation_epoch_end(self) -> None:
         """Log errors in data units, per chunk step."""
         per_step, scalars = chunk_l1_scalars("val/l1", self.unit, self.val_prediction)
-        self.log_dict(scalars)
-        self.log(f"val/first_action_l1_{self.unit}", per_step[0].float(), prog_bar=True)
+        self.log_dict(scalars, sync_dist=True)
+        name = f"val/first_action_l1_{self.unit}"
+        self.log(name, per_step[0].float(), prog_bar=True, sync_dist=True)
         self.val_prediction.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

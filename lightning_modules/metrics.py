@@ -1,7 +1,10 @@
 """Metrics in the data's own units, accumulated over whole epochs and all processes."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -35,6 +38,32 @@ class ChunkL1(Metric):
     def compute(self) -> tuple[Float[Tensor, " chunk"], Float[Tensor, ""]]:
         """Mean error of each chunk step (NaN where none was valid), and over all valid steps."""
         return self.total / self.count, self.total.sum() / self.count.sum()
+
+
+def mean_over_processes(
+    module: LightningModule, scalars: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Average what each process measured on its share of a batch, where there are several.
+
+    Shares of a training batch are of equal size. One exchange for all numbers; Lightning's own
+    averaging would take two for each, in every step.
+    """
+    values = {name: value.detach() for name, value in scalars.items()}
+    if module.trainer.world_size == 1:
+        return values
+    stacked = torch.stack([value.float() for value in values.values()])
+    gathered = module.all_gather(stacked)
+    assert isinstance(gathered, Tensor)
+    return dict(zip(values, gathered.mean(0), strict=True))
+
+
+def epoch_weight(module: LightningModule, n_samples: int) -> int:
+    """Weight of a batch in an epoch's mean over all processes, for ``log(batch_size=...)``.
+
+    Lightning divides the weights of an epoch by the number of processes and drops the remainder;
+    a multiple of that number has none.
+    """
+    return n_samples * module.trainer.world_size
 
 
 def shown_chunk_steps(chunk_size: int) -> list[int]:

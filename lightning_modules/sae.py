@@ -20,6 +20,7 @@ from autoencoders.sae import (
     build_autoencoder,
     default_learning_rate,
 )
+from lightning_modules.metrics import mean_over_processes
 from lightning_modules.optimisation import clippable, gradient_norm, training_steps
 
 N_CALIBRATION_VECTORS = 262_144
@@ -53,6 +54,13 @@ class SAEModule(LightningModule):
     Initialised on training activations; its threshold is the exact quantile of the calibration
     episodes, found anew at every validation, and its numbers come from episodes that neither
     training nor calibration has seen.
+
+    On several processes scale, centre, variance and threshold come from the same vectors on each,
+    the silence of latents and the numbers of a validation are those of all processes together. Each
+    process selects the active latents of its own share of a batch: k of each vector, or k times the
+    share. While every vector has k of its own, gradients are those of one process with the joined
+    batch; with a common budget (the second part of batch_topk), with dead latents to revive, and
+    with jumprelu's squared penalty, they are means over shares instead.
 
     Args:
         d_in: Dimensions of an activation vector.
@@ -131,8 +139,8 @@ class SAEModule(LightningModule):
         if self._dead_after is None:
             loader = self.trainer.train_dataloader
             assert loader is not None
-            n_vectors = self.trainer.num_training_batches * self.trainer.datamodule.batch_size  # pyright: ignore
-            self._dead_after = int(DEAD_AFTER_EPOCHS * n_vectors)
+            per_process = self.trainer.num_training_batches * self.trainer.datamodule.batch_size  # pyright: ignore
+            self._dead_after = int(DEAD_AFTER_EPOCHS * per_process * self.trainer.world_size)
 
     def training_step(self, batch: Float[Tensor, "batch dim"], batch_idx: int) -> Tensor:
         """Loss of one batch of vectors; counts for how long each latent has been silent."""
@@ -140,19 +148,24 @@ class SAEModule(LightningModule):
         is_dead = self.silent_for >= self._dead_after
         progress = self.global_step / max(training_steps(self.trainer), 1)
         loss = self.sae.loss(batch, is_dead, progress)
-        self.silent_for = torch.where(loss.fired, 0, self.silent_for + len(batch))
+        fired = loss.fired
+        if self.trainer.world_size > 1:
+            fired = self.all_gather(fired.to(torch.uint8)).any(0)  # pyright: ignore
+        n_vectors = len(batch) * self.trainer.world_size
+        self.silent_for = torch.where(fired, 0, self.silent_for + n_vectors)
         every = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         if self.global_step % every == 0:
-            self.log("train/fvu", loss.fvu, prog_bar=True)
-            self.log_dict(
-                {
-                    "train/loss": loss.total,
-                    "train/auxiliary": loss.auxiliary,
-                    "train/sparsity": loss.sparsity,
-                    "train/l0": loss.l0,
-                    "train/dead_fraction": is_dead.float().mean(),
-                }
-            )
+            scalars = {
+                "train/fvu": loss.fvu,
+                "train/loss": loss.total,
+                "train/auxiliary": loss.auxiliary,
+                "train/sparsity": loss.sparsity,
+                "train/l0": loss.l0,
+                "train/dead_fraction": is_dead.float().mean(),
+            }
+            scalars = mean_over_processes(self, scalars)
+            self.log("train/fvu", scalars.pop("train/fvu"), prog_bar=True)
+            self.log_dict(scalars)
         return loss.total
 
     def on_after_backward(self) -> None:
@@ -181,12 +194,22 @@ class SAEModule(LightningModule):
     def validation_step(self, batch: Float[Tensor, "batch dim"], batch_idx: int) -> None:
         """Reconstruct held-out vectors as at inference."""
         codes = self.sae.encode(batch)
-        self._val.update(batch, self.sae.decode(codes), (codes > 0).sum(0))
+        fires = (codes > 0).sum(0)
+        if self.trainer.world_size == 1:
+            self._val.update(batch, self.sae.decode(codes), fires)
+            return
+        # Callbacks ask for the quality before any hook in which an epoch could be summed up.
+        share = ReconstructionMetrics(self.sae.d_in, self.sae.n_latents)
+        share.update(batch, self.sae.decode(codes), fires)
+        shares = self.all_gather(share.sums.to(self.device))
+        assert isinstance(shares, Tensor)
+        self._val.take(torch.cat([self._val.sums[None], shares.cpu()]))
 
     def on_validation_epoch_end(self) -> None:
         """Log fidelity and sparsity over all held-out vectors."""
         quality = self._val.compute()
         scalars = {f"val/{name}": value for name, value in quality.scalars().items()}
+        # The same in each process; Lightning warns where nothing is to be averaged.
         self.log_dict(scalars, prog_bar=False, sync_dist=True)
 
     def test_step(self, batch: Float[Tensor, "batch dim"], batch_idx: int) -> None:

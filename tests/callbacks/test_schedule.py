@@ -17,7 +17,6 @@ from callbacks.dashboard import Dashboard, read_index
 from callbacks.ema import EMA
 from callbacks.exact_resume import ExactResume
 from callbacks.loggers import CsvLog, read_metrics
-from callbacks.schedule import ERROR_FILE
 from policies.checkpoint_files import read_checkpoint
 from policies.interface import Findings
 
@@ -73,20 +72,6 @@ def test_cadence(tmp_path: Path, every: int, at_start: bool, steps: list[int]) -
     shout = Shout(every_n_validations=every, at_start=at_start)
     fit(tmp_path, shout)
     assert shout.steps == steps
-
-
-def test_a_failing_diagnostic_is_counted_and_training_goes_on(tmp_path: Path) -> None:
-    broken, working = Shout(fail=True, name="broken"), Shout()
-    trainer = fit(tmp_path, broken, working)
-    assert Dashboard.of(trainer).failed == ["broken"] * 3
-    log = (tmp_path / ERROR_FILE).read_text()
-    assert "step 12, broken" in log
-    assert working.steps == [4, 8, 12]
-
-
-def test_a_strict_diagnostic_stops_training(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ink is out"):
-        fit(tmp_path, Shout(fail=True, strict=True))
 
 
 def test_one_row_holds_metrics_findings_and_times_of_a_validation(tmp_path: Path) -> None:

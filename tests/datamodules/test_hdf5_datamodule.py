@@ -294,47 +294,6 @@ def test_cache_spares_the_pictures_and_notices_a_changed_file(tmp_path, monkeypa
     assert int(changed.episode(0).observation.images["image"].max()) == 0
 
 
-@pytest.mark.parametrize(
-    ("harm", "what"),
-    [
-        (lambda data: data[:40] + b"\0" * 500, "a JPEG that stops before its end marker"),
-        (lambda data: b"GIF89a" + data[6:], "bytes that are neither JPEG nor PNG"),
-        (lambda data: data[:2] + b"\0" * 30 + b"\xff\xd9", "a damaged picture"),
-    ],
-)
-def test_damaged_compressed_picture_is_named_by_frame(tmp_path, harm, what):
-    folder = write_aloha(tmp_path / "a", compressed=True)
-    with h5py.File(folder / "episode_1.hdf5", "a") as file:
-        rows = file["observations/images/top"]
-        harmed = np.frombuffer(harm(bytes(rows[3])), np.uint8)[: rows.shape[1]]
-        rows[3] = np.pad(harmed, (0, rows.shape[1] - len(harmed)))
-    with pytest.raises(DatasetError) as error:
-        ready(folder, chunk_size=2)
-    place = f"{folder / 'episode_1.hdf5'}: /observations/images/top, frame 3: holds {what}"
-    assert place in str(error.value)
-    assert "leave it out with episodes:" in str(error.value)
-
-
-def test_flipped_bit_under_a_checksum_is_found(tmp_path):
-    path = write_demos(tmp_path / "d.hdf5")
-    with h5py.File(path, "a") as file:
-        frames = file["demo_1/observations/image"][()]
-        del file["demo_1/observations/image"]
-        dataset = file.create_dataset(
-            "demo_1/observations/image", data=frames, chunks=(1, *frames.shape[1:]), fletcher32=True
-        )
-        place = dataset.id.get_chunk_info(6).byte_offset
-    damaged = bytearray(path.read_bytes())
-    damaged[place + 10] ^= 4
-    path.write_bytes(damaged)
-    with pytest.raises(DatasetError) as error:
-        ready(path)
-    assert f"{path}: /demo_1/observations/image: cannot be read at frames 0 to 8" in str(
-        error.value
-    )
-    assert "fletcher32" in str(error.value)
-
-
 def test_variable_length_pictures(tmp_path):
     path = write_demos(tmp_path / "d.hdf5", lengths=(4, 5))
     with h5py.File(path, "a") as file:

@@ -132,18 +132,6 @@ def test_a_checkpoint_alone_gives_the_same_actions(path, tmp_path):
         )
 
 
-def test_a_checkpoint_of_other_data_is_refused_by_name(path, tmp_path):
-    datamodule = data(path)
-    trainer = trainer_for(tmp_path, 1)
-    trainer.fit(module_for(datamodule), datamodule)
-    trainer.save_checkpoint(tmp_path / "policy.ckpt")
-    other = data(path, image_size=(24, 24))
-    with pytest.raises(ValueError, match=r"cameras: .*16.* != .*24"):
-        trainer_for(tmp_path, 2).fit(
-            module_for(other), other, ckpt_path=str(tmp_path / "policy.ckpt"), weights_only=True
-        )
-
-
 def test_the_image_encoder_has_its_own_learning_rate(path, tmp_path):
     datamodule = data(path)
     module = module_for(datamodule, lr_backbone=1e-5, lr_schedule="constant")

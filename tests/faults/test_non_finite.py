@@ -1,17 +1,21 @@
 """Nothing that is not finite reaches the weights."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from toy import ToyData, ToyModule
+from torch.utils.data import DataLoader
+from toy import ToyData, ToyDataset, ToyModule
 
 from callbacks.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from callbacks.exact_resume import ExactResume
 from callbacks.non_finite import NonFiniteError, NonFiniteStop
 from policies.checkpoint_files import read_checkpoint
+
+pytestmark = pytest.mark.fault(13)
 
 
 class Remember(Callback):
@@ -22,7 +26,14 @@ class Remember(Callback):
         self.weights.append(next(pl_module.parameters()).detach().clone())
 
 
-def train(folder: Path, module: ToyModule, poisoned: int | None = None, **options: Any) -> Remember:
+def train(
+    folder: Path,
+    module: ToyModule,
+    poisoned: int | None = None,
+    bad: float = math.nan,
+    where: str = "actions",
+    **options: Any,
+) -> Remember:
     remember = Remember()
     trainer = Trainer(
         default_root_dir=folder,
@@ -37,7 +48,7 @@ def train(folder: Path, module: ToyModule, poisoned: int | None = None, **option
         **options,
     )
     try:
-        trainer.fit(module, ToyData(poisoned=poisoned))
+        trainer.fit(module, Spoilt(poisoned, bad, where))
     finally:
         if remember.weights:
             assert torch.equal(next(module.parameters()), remember.weights[-1])
@@ -45,10 +56,31 @@ def train(folder: Path, module: ToyModule, poisoned: int | None = None, **option
     return remember
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_nan_in_the_data_is_traced_to_its_frame(tmp_path: Path, accumulate: int) -> None:
+class Spoilt(ToyData):
+    """The toy's samples, one of which has a value that is no number."""
+
+    def __init__(self, sample: int | None, bad: float, where: str) -> None:
+        super().__init__()
+        self._spoilt = (sample, bad, where)
+
+    def train_dataloader(self) -> DataLoader:
+        loader = super().train_dataloader()
+        sample, bad, where = self._spoilt
+        if sample is not None:
+            assert isinstance(loader.dataset, ToyDataset)
+            getattr(loader.dataset, where)[sample].view(-1)[0] = bad
+        return loader
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("where", "accumulate"), [("actions", 1), ("actions", 2), ("state", 1), ("state", 2)]
+)
+def test_a_bad_value_in_the_data_is_traced_to_its_frame(
+    tmp_path: Path, where: str, accumulate: int, bad: float
+) -> None:
     with pytest.raises(NonFiniteError, match=r"not finite: episode 2 frame 7\."):
-        train(tmp_path, ToyModule(3, 2), poisoned=27, accumulate_grad_batches=accumulate)
+        train(tmp_path, ToyModule(3, 2), 27, bad, where, accumulate_grad_batches=accumulate)
     saved = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert saved["global_step"] > 0
     assert all(bool(torch.isfinite(value).all()) for value in saved["state_dict"].values())
