@@ -43,11 +43,27 @@ COMMANDS = {
         "HDF5 to a LeRobot data set, or back, with the loss stated",
         required=("dataset_repo_id", "output_dir"),
     ),
+    "repack": Command(
+        "datamodules.repack",
+        "HDF5 written anew with a checksum on every chunk, one picture per chunk; compared",
+        required=("dataset_repo_id", "output_dir"),
+    ),
+    "verify": Command(
+        "datamodules.verify",
+        "compare the checksums of a data set or frame cache; exit status 1 where one differs, or "
+        "there is none",
+        required=("dataset_repo_id",),
+    ),
     "rollout": Command(
         "commands.rollout",
         "let a policy act: success and score with intervals, videos, one row per variant",
         required=("policy_path", "output_dir"),
         optional=("task", "device", "revision"),
+    ),
+    "merge": Command(
+        "commands.merge",
+        "join the shards of a rollout into one table",
+        required=("output_dir",),
     ),
     "transfer": Command(
         "commands.transfer",
@@ -132,6 +148,11 @@ COMMANDS = {
     "workspace": Command(
         "commands.workspace",
         "what W&B shows of a run: panels in sections, and a report on how to read them",
+        required=("output_dir",),
+    ),
+    "sweep": Command(
+        "commands.sweep",
+        "train many configurations and say which is best: Optuna, Ray Tune, or a file for W&B",
         required=("output_dir",),
     ),
     "export": Command(

@@ -10,7 +10,7 @@ as it is in any run, so the media grow by one step's worth at each validation, a
 the validation; all else has to be flat. Flat means: the trend over the last three quarters of the
 run, the Theil-Sen slope, extrapolated over them, is below 5 % of their median or below one unit.
 
-Writes ``benchmarks/results/soak.json`` and ``docs/pictures/soak.png``.
+Writes ``benchmarks/results/soak.json`` and ``docs/images/soak.webp``.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--interval_s", type=float, default=10.0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "soak.json")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pictures" / "soak.png")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "soak.webp")
     given = parser.parse_args()
     seconds = given.hours * 3600
     temporary = Path(tempfile.mkdtemp(prefix="soak-"))

@@ -1,20 +1,59 @@
-"""``analyze.py rollout``: let a finished policy act, in every way asked for, in one table."""
+"""``analyze.py rollout``: let a finished policy act, in every way asked for, in one table.
+
+Episodes play in groups of ``--n_parallel``. A group is a piece of work: for this process, for one
+of ``--n_workers`` processes, or for another machine that was given another ``--shard``. Which
+groups there are does not depend on who plays them, and so neither does the result.
+"""
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import batched
 from pathlib import Path
+from typing import Any
 
 from commands.inputs import device, task_class
-from envs.rollout import Controller, RolloutResult, rollout
+from envs.rollout import Controller, RolloutResult, joined, rollout
 from envs.task import Task
+from policies.atomic_files import write_atomically
 from policies.ensembling import controller_of
 from policies.interface import PolicyView
 from policies.loading import LoadedPolicy, load_policy
+from policies.workers import ENGINES, map_over
 
 RESULT_FILE = "rollout.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the groups is played here."""
+
+    number: int = 1
+    """From 1."""
+    n_shards: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read ``2/4``, the second of four.
+
+        Raises:
+            argparse.ArgumentTypeError: If it is no such thing.
+        """
+        first, _, second = text.partition("/")
+        if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+            raise argparse.ArgumentTypeError(f"{text!r} is no shard; give 1/4, 2/4, 3/4 or 4/4")
+        return cls(int(first), int(second))
+
+    def of[Item](self, items: Sequence[Item]) -> list[Item]:
+        """Its part of the items, consecutive ones."""
+        ends = [len(items) * number // self.n_shards for number in (self.number - 1, self.number)]
+        return list(items[ends[0] : ends[1]])
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.n_shards}"
 
 
 @dataclass(frozen=True)
@@ -29,6 +68,41 @@ class Variant:
     def controller(self, view: PolicyView) -> Controller:
         """Build the queue or the ensembler."""
         return controller_of(view, self.n_action_steps, self.temporal_ensemble_coeff)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Episodes that advance together, and all that a worker needs to play them."""
+
+    policy_path: str
+    revision: str | None
+    device: str
+    task: str
+    """Its class path."""
+    variant: Variant
+    seeds: tuple[int, ...]
+    n_recorded: int
+    """First episodes that are kept for drawing."""
+
+
+@lru_cache(maxsize=1)
+def _loaded(policy_path: str, revision: str | None, device: str, task: str):
+    policy = load_policy(policy_path, device, revision)
+    return policy.view, task_class(task).for_policy(policy.view.data_schema)
+
+
+def play(group: Group) -> RolloutResult:
+    """Play one group; a worker loads the policy once."""
+    view, task = _loaded(group.policy_path, group.revision, group.device, group.task)
+    return rollout(
+        view,
+        task,
+        group.seeds,
+        group.variant.controller(view),
+        group.device,
+        n_parallel=len(group.seeds),
+        record=group.n_recorded,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +139,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n_videos", type=int, default=6, metavar="N", help="episodes shown in each video"
     )
+    parser.add_argument(
+        "--n_workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes of one thread that play groups of --n_parallel episodes; the result does "
+        "not depend on how many (default: none, this process plays)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="processes",
+        help="where workers run: on this machine, or as tasks of the Ray cluster that RAY_ADDRESS "
+        "names (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard",
+        type=Shard.parse,
+        default=Shard(),
+        metavar="I/N",
+        help="play only the I-th of N parts; analyze.py merge joins them",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -78,8 +174,16 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output_dir)
     if (folder / RESULT_FILE).exists():
         raise ValueError(f"{folder / RESULT_FILE} is there already: choose another --output_dir")
-    if arguments.n_episodes < 1:
-        raise ValueError(f"--n_episodes is {arguments.n_episodes}: give at least 1")
+    for name, least in (("n_episodes", 1), ("n_parallel", 1), ("n_workers", 0)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}: give at least {least}")
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.n_episodes)
+    groups = arguments.shard.of([*batched(seeds, arguments.n_parallel)])
+    if not groups:
+        raise ValueError(
+            f"--shard {arguments.shard}: {arguments.n_episodes} episodes in groups of "
+            f"{arguments.n_parallel} leave it none; give a smaller --n_parallel, to all shards"
+        )
     on = device(arguments.device)
     task_type = task_class(arguments.task)
     policy = load_policy(arguments.policy_path, on, arguments.revision)
@@ -91,22 +195,24 @@ def run(arguments: argparse.Namespace) -> int:
         ) from error
     plans = variants(policy, arguments.n_action_steps, arguments.temporal_ensemble_coeff)
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = range(arguments.first_seed, arguments.first_seed + arguments.n_episodes)
     console = Console()
     rows = []
     for number, variant in enumerate(plans):
         console.print(f"{policy.source}  {variant.name}", highlight=False)
         began = time.perf_counter()
-        result = rollout(
-            policy.view,
-            task,
-            seeds,
-            variant.controller(policy.view),
-            on,
-            n_parallel=arguments.n_parallel,
-            record=arguments.n_videos,
-            progress=console.is_terminal,
-        )
+        if arguments.n_workers:
+            result = _over_workers(arguments, on, variant, groups)
+        else:
+            result = rollout(
+                policy.view,
+                task,
+                [seed for group in groups for seed in group],
+                variant.controller(policy.view),
+                on,
+                n_parallel=arguments.n_parallel,
+                record=arguments.n_videos,
+                progress=console.is_terminal,
+            )
         wall_s = time.perf_counter() - began
         video = _write_video(folder / f"rollout_{variant.name}.mp4", result, task)
         rows.append(
@@ -122,11 +228,37 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
         # After every row, so that an interruption loses only the row at work.
-        text = json.dumps({"complete": number + 1 == len(plans), "rows": rows}, indent=1)
-        (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
-    _print_table(console, rows, task)
+        document = {
+            "complete": number + 1 == len(plans),
+            "shard": str(arguments.shard),
+            "n_parallel": arguments.n_parallel,
+            "rows": rows,
+        }
+        write_atomically(folder / RESULT_FILE, json.dumps(document, indent=1) + "\n")
+    print_table(console, rows)
     console.print(f"written to {folder}", highlight=False)
     return 0
+
+
+def _over_workers(
+    arguments: argparse.Namespace, on: str, variant: Variant, groups: Sequence[tuple[int, ...]]
+) -> RolloutResult:
+    work = []
+    n_recorded = arguments.n_videos
+    for seeds in groups:
+        work.append(
+            Group(
+                arguments.policy_path,
+                arguments.revision,
+                on,
+                arguments.task,
+                variant,
+                seeds,
+                n_recorded,
+            )
+        )
+        n_recorded = max(n_recorded - len(seeds), 0)
+    return joined([*map_over(play, work, arguments.n_workers, arguments.engine)])
 
 
 def variants(
@@ -162,13 +294,15 @@ def _write_video(path: Path, result: RolloutResult, task: Task) -> Path | None:
     return write_clips(path, clips, task.fps, columns=3) if clips else None
 
 
-def _print_table(console, rows: list[dict], task: Task) -> None:
+def print_table(console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print one line a row, each number with its interval."""
     from rich.table import Table
 
-    table = Table(title=f"{task.name}: {len(rows[0]['episodes'])} episodes a row")
+    first = rows[0]
+    table = Table(title=f"{first['task']}: {len(first['episodes'])} episodes a row")
     table.add_column("variant", no_wrap=True)
-    names = [f"success_{threshold:.2f}" for threshold in task.success_thresholds]
-    scores = [f"mean_max_{task.score_name}", f"mean_max_{task.reward_name}"]
+    names = [f"success_{threshold:.2f}" for threshold in first["success_thresholds"]]
+    scores = [f"mean_max_{first['score_name']}", f"mean_max_{first['reward_name']}"]
     for name in (*names, *scores, "mean_n_steps"):
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
@@ -176,7 +310,7 @@ def _print_table(console, rows: list[dict], task: Task) -> None:
     console.print(table)
 
 
-def _cells(row: dict, names: list[str], scores: list[str]) -> Iterator[str]:
+def _cells(row: Mapping[str, Any], names: list[str], scores: list[str]) -> Iterator[str]:
     summary = row["summary"]
     yield row["variant"]
     for name in (*names, *scores):

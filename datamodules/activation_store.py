@@ -22,21 +22,23 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.frame_store import default_cache_dir
 from datamodules.progress import progress_bar
 from features.taps import TokenPosition
 from policies.atomic_files import whole_file, write_atomically
+from policies.json_files import parse_json, read_json
+from policies.tensor_files import load_tensors, save_tensors
+from policies.workers import Engine, map_over
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 
@@ -55,6 +57,22 @@ _MANIFEST = "manifest.json"
 _INDEX = "index.safetensors"
 _TENSOR = "activations"
 _CHECKED_BYTES = 1 << 24
+_HEADER_BYTES = 1 << 16
+"""Of a shard's header, at most; it describes one tensor."""
+
+
+Compute = Callable[[range], Float[Tensor, "frame token dim"]]
+"""Makes the activations of a piece."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that make shards."""
+
+    n_workers: int
+    engine: Engine
+    source: Callable[[], Compute]
+    """What computes, opened anew in each process: it is pickled, hashed and compared."""
 
 
 @dataclass(frozen=True)
@@ -232,9 +250,10 @@ def open_or_build(
     shapes: ActivationShapes,
     dtype: Dtype,
     identity: Mapping[str, Any],
-    compute: Callable[[range], Float[Tensor, "frame token dim"]],
+    compute: Compute,
     shard_mb: float = 256,
     progress: bool = True,
+    workers: Workers | None = None,
 ) -> ActivationStore:
     """Open a store; make what is missing or damaged of it.
 
@@ -249,8 +268,10 @@ def open_or_build(
         compute: Makes the activations of a piece (:meth:`ActivationShapes.pieces`).
         shard_mb: Size of a file in MiB, at least one piece.
         progress: Show a progress bar when a person is watching.
+        workers: Processes that make shards instead of this one.
 
     Raises:
+        ValueError: If a worker died; what the others finished stays.
         ValueError: If the store was made from something else (each difference is named), does not
             fit on the disk, cannot be written, or holds values too large for the dtype.
     """
@@ -267,7 +288,9 @@ def open_or_build(
         for left in folder.glob("*.part"):
             left.unlink()
         manifest = _read_manifest(folder)
-        if manifest is None:
+        if manifest is not None:
+            _refuse_another(folder, manifest, asked, shapes)
+        if manifest is None or not _holds_all_pieces(manifest):
             for file in folder.glob("*.safetensors"):
                 # Nothing says what it was made from.
                 file.unlink()
@@ -279,8 +302,7 @@ def open_or_build(
                 "key": None,
             }
             write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1))
-        _refuse_another(folder, manifest, asked, shapes)
-        _complete(folder, manifest, compute, progress)
+        _complete(folder, manifest, compute, progress, workers)
         return ActivationStore(folder, manifest)
 
 
@@ -310,13 +332,37 @@ def _divide(shapes: ActivationShapes, dtype: Dtype, shard_bytes: int) -> list[li
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a manifest says; None where there is none that is whole."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = read_json(folder / _MANIFEST)
         if manifest["statistics"] is not None and manifest["key"] != _content_key(manifest):
             return None
-        _shapes(manifest)
-    except (OSError, ValueError, KeyError, TypeError):
+        shapes = _shapes(manifest)
+        counts = (*shapes.episode_numbers, *shapes.episode_lengths, shapes.dim)
+        is_whole = (
+            isinstance(manifest["identity"], dict)
+            and isinstance(manifest["shards"], list)
+            and all(map(_is_count, counts))
+            and _is_count(shapes.frames_per_batch, 1)
+        )
+    except (ValueError, KeyError, TypeError):
         return None
-    return manifest
+    return manifest if is_whole else None
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _holds_all_pieces(manifest: Mapping[str, Any]) -> bool:
+    """Whether the shards of a manifest are whole pieces, one after the other, of all frames."""
+    shapes = _shapes(manifest)
+    ends = {piece.stop for piece in shapes.all_pieces}
+    expected = 0
+    for shard in manifest["shards"]:
+        is_pair = isinstance(shard, list) and len(shard) == 2 and all(map(_is_count, shard))
+        if not is_pair or shard[0] != expected or shard[1] <= shard[0] or shard[1] not in ends:
+            return False
+        expected = shard[1]
+    return expected == shapes.n_frames
 
 
 def _content_key(manifest: Mapping[str, Any]) -> str:
@@ -355,8 +401,9 @@ def _short(value: Any) -> str:
 def _complete(
     folder: Path,
     manifest: dict[str, Any],
-    compute: Callable[[range], Float[Tensor, "frame token dim"]],
+    compute: Compute,
     progress: bool,
+    workers: Workers | None,
 ) -> None:
     """Make each shard that is missing or damaged, then what is said about all of them."""
     shapes, dtype = _shapes(manifest), manifest["identity"]["dtype"]
@@ -378,12 +425,19 @@ def _complete(
         )
     n_frames = sum(len(shards[number]) for number in missing)
     with progress_bar("Computing activations", n_frames, progress) as advance:
-        for number in missing:
-            _write_shard(folder, number, shards[number], shapes, dtype, compute, advance)
+        if workers is None:
+            for number in missing:
+                _write_shard(folder, number, shards[number], shapes, dtype, compute, advance)
+        else:
+            work = [
+                _ShardWork(folder, number, shards[number], shapes, dtype, workers.source)
+                for number in missing
+            ]
+            for n_made in map_over(_make_shard, work, workers.n_workers, workers.engine):
+                advance(n_made)
     index = folder / _INDEX
     if not _same_index(index, shapes):
-        with whole_file(index) as part:
-            save_file(shapes.index(), part)
+        save_tensors(index, shapes.index())
     if manifest["statistics"] is None:
         maps = (
             _map_shard(_shard(folder, number), (len(frames), *tail), dtype)
@@ -404,8 +458,8 @@ def _write_shard(
     frames: range,
     shapes: ActivationShapes,
     dtype: Dtype,
-    compute: Callable[[range], Float[Tensor, "frame token dim"]],
-    advance: Callable[[int], None],
+    compute: Compute,
+    advance: Callable[[int], object],
 ) -> None:
     shard = torch.empty(len(frames), shapes.n_tokens, shapes.dim, dtype=TORCH_DTYPES[dtype])
     for piece in shapes.all_pieces:
@@ -418,6 +472,32 @@ def _write_shard(
         save_file({_TENSOR: shard}, part, {"crc32": str(checksum)})
 
 
+@dataclass(frozen=True)
+class _ShardWork:
+    """A shard, and all that a worker needs to make it."""
+
+    folder: Path
+    number: int
+    frames: range
+    shapes: ActivationShapes
+    dtype: Dtype
+    source: Callable[[], Compute]
+
+
+@lru_cache(maxsize=1)
+def _opened(source: Callable[[], Compute]) -> Compute:
+    return source()
+
+
+def _make_shard(work: _ShardWork) -> int:
+    """Make a shard in a worker, which opens policy and data once; the number of its frames."""
+    compute = _opened(work.source)
+    _write_shard(
+        work.folder, work.number, work.frames, work.shapes, work.dtype, compute, lambda _: None
+    )
+    return len(work.frames)
+
+
 def _bits(activations: Tensor) -> Tensor:
     is_bfloat16 = activations.dtype == torch.bfloat16
     return activations.view(torch.int16) if is_bfloat16 else activations
@@ -428,15 +508,16 @@ def _map_shard(file: Path, shape: tuple[int, ...], dtype: Dtype) -> tuple[Tensor
     try:
         with file.open("rb") as handle:
             header_bytes = int.from_bytes(handle.read(8), "little")
-            if header_bytes > file.stat().st_size:
+            if header_bytes > _HEADER_BYTES:
                 return None
-            header = json.loads(handle.read(header_bytes))
+            header = parse_json(handle.read(header_bytes), max_bytes=_HEADER_BYTES)
         entry, checksum = header[_TENSOR], header["__metadata__"]["crc32"]
         start, stop = entry["data_offsets"]
         n_bytes = int(np.prod(shape)) * TORCH_DTYPES[dtype].itemsize
         is_whole = (
             entry["dtype"] == _TAGS[dtype]
             and tuple(entry["shape"]) == shape
+            and _is_count(start)
             and stop - start == n_bytes
             and file.stat().st_size == 8 + header_bytes + stop
         )
@@ -463,8 +544,8 @@ def _is_intact(file: Path, shape: tuple[int, ...], dtype: Dtype) -> bool:
 
 def _same_index(file: Path, shapes: ActivationShapes) -> bool:
     try:
-        found = load_file(file)
-    except (OSError, SafetensorError):
+        found = load_tensors(file)
+    except ValueError:
         return False
     expected = shapes.index()
     return found.keys() == expected.keys() and all(

@@ -10,9 +10,9 @@ frame* has its origin in the middle of the top edge of the T's bar, the stem alo
 import os
 import warnings
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -80,6 +80,16 @@ def _gym_pusht() -> ModuleType:
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
         from gym_pusht.envs import pusht
     return pusht
+
+
+def _coverage(env: Any) -> float:
+    """gym-pusht's coverage, over the block's shapes in their order.
+
+    gym-pusht goes over a set of them, which has no order, and the last bit of a sum depends on it.
+    """
+    polygons = _gym_pusht().pymunk_to_shapely
+    goal = polygons(env.get_goal_pose_body(env.goal_pose), env._block_shapes)
+    return goal.intersection(polygons(env.block, env._block_shapes)).area / goal.area
 
 
 def x_flip() -> "XFlip":
@@ -209,6 +219,7 @@ class PushT:
         self.action_scale = action_scale
         self.goal_pose = goal_pose
         self._env = _gym_pusht().PushTEnv(obs_type="state")
+        self._env._get_coverage = partial(_coverage, self._env)
         self.reset(seed=0)
         self._spare: PushT | None = None
 

@@ -6,10 +6,10 @@ alone, so the grouping changes nothing (as far as the policy's answer to one obs
 depend on the rest of its batch: floating-point kernels may differ in the last bit).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import batched
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -156,10 +156,62 @@ class RolloutResult:
         """Plain values for JSON: the summary and every episode, without recordings."""
         return {
             "task": self.task_name,
+            "score_name": self.score_name,
+            "reward_name": self.reward_name,
             "success_thresholds": list(self.success_thresholds),
             "summary": self.summary(),
             "episodes": [asdict(episode) for episode in self.episodes],
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RolloutResult":
+        """Rebuild what :meth:`to_dict` gave, as it came back from JSON.
+
+        Raises:
+            ValueError: If a value is missing or no such value.
+        """
+        try:
+            episodes = [
+                EpisodeResult(**{**episode, "success": tuple(episode["success"])})
+                for episode in values["episodes"]
+            ]
+            return cls(
+                task_name=values["task"],
+                score_name=values["score_name"],
+                reward_name=values["reward_name"],
+                success_thresholds=tuple(values["success_thresholds"]),
+                episodes=tuple(episodes),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no result of a rollout ({error!r})") from error
+
+
+def joined(parts: Sequence[RolloutResult]) -> RolloutResult:
+    """Put results of one policy in one task together, episodes in the order of the parts.
+
+    Raises:
+        ValueError: If there is none, tasks differ, or an episode was played twice.
+    """
+    if not parts:
+        raise ValueError("there are no results to join")
+    first = parts[0]
+    for part in parts[1:]:
+        ours = replace(first, episodes=(), recordings=())
+        theirs = replace(part, episodes=(), recordings=())
+        if ours != theirs:
+            raise ValueError(
+                f"results of different tasks: {ours.task_name} {ours.success_thresholds} and "
+                f"{theirs.task_name} {theirs.success_thresholds}"
+            )
+    episodes = tuple(episode for part in parts for episode in part.episodes)
+    seeds = [episode.seed for episode in episodes]
+    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        raise ValueError(f"episodes of seeds {twice[:8]} are there twice: name each shard once")
+    return replace(
+        first,
+        episodes=episodes,
+        recordings=tuple(recording for part in parts for recording in part.recordings),
+    )
 
 
 def wilson_interval(n_successes: int, n_trials: int) -> tuple[float, float]:

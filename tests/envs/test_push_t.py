@@ -73,7 +73,9 @@ def test_steps_are_gym_pushts_to_the_bit(env, gym_env):
         outcome = env.step(action)
         state, reward, _, _, info = gym_env.step(action)
         np.testing.assert_array_equal(env.state(), state)
-        assert outcome == (info["coverage"], reward, info["is_success"])
+        # gym-pusht adds areas in the order of a set.
+        assert outcome[:2] == pytest.approx((info["coverage"], reward), rel=1e-12)
+        assert outcome[2] == info["is_success"]
     np.testing.assert_array_equal(
         env.observe()["environment_state"],
         gym_env.get_keypoints(gym_env._block_shapes).ravel().astype(np.float32),
