@@ -29,6 +29,8 @@ def commands():
 def test_the_command_is_understood(words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     script, arguments = words[0], words[1:]
+    if script == "-m":
+        script = arguments.pop(0).replace(".", "/") + ".py"
     assert (ROOT / script).is_file()
     if script == "analyze.py":
         name = next(

@@ -16,7 +16,7 @@ from policies.ensembling import ActionQueue, TemporalEnsembler
 from policies.interface import DataSchema, Observation
 from rendering.act_with_attention import ACTPolicyWithAttention
 
-N_STEPS = 200
+N_STEPS = 60
 
 
 @pytest.fixture(scope="module", params=[None, 0.01])
