@@ -37,7 +37,7 @@ from features.taps import edit_activations, read_activations
 from landscapes.grid import Grid
 from policies.act import ACTPolicy
 from policies.interface import Batch, Observation, in_unit
-from policies.json_files import parse_json, read_json
+from policies.json_files import MAX_BYTES, parse_json, read_json
 from rendering.colour import colour_table
 from rendering.features import COLORMAP
 from rendering.picture import encode_png
@@ -54,6 +54,8 @@ N_MEASURED_FRAMES = 32
 N_EFFECT_FRAMES = 16
 """Of the frames on which a feature is ablated beside directions, at most."""
 MOST_DIRECTIONS = 256
+MAX_CELLS = 1 << 24
+"""Of the table of features; larger ones are not read."""
 MOST_SCALE = 1e3
 """Beyond any use, but not beyond numbers."""
 IN_ACTION_UNIT = ("ablated_px", "ablated_arrow_px", "doubled_px", "doubled_arrow_px")
@@ -102,9 +104,18 @@ def read_descriptions(folder: Path) -> Descriptions:
                 f"{folder}: has no {name}; give the --output_dir of analyze.py features describe"
             )
     try:
-        rows = parquet.read_table(folder / TABLE_FILE).to_pylist()
+        with parquet.ParquetFile(folder / TABLE_FILE) as file:
+            footer = file.metadata
+            groups = (footer.row_group(index) for index in range(footer.num_row_groups))
+            n_bytes = sum(group.total_byte_size for group in groups)
+            if footer.num_rows * footer.num_columns > MAX_CELLS or n_bytes > MAX_BYTES:
+                raise ValueError(
+                    f"{TABLE_FILE} has {footer.num_rows:,} rows of {footer.num_columns} columns, "
+                    f"{n_bytes:,} bytes"
+                )
+            rows = file.read().to_pylist()
         summary = read_json(folder / SUMMARY_FILE)
-    except (ValueError, OSError, pa.ArrowException) as error:
+    except (ValueError, OSError, MemoryError, pa.ArrowException) as error:
         raise ValueError(
             f"{folder}: cannot be read ({error}); describe the features again"
         ) from error

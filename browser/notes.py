@@ -209,8 +209,8 @@ class NoteBook:
             raise ValueError("import: this is no export of feature notes; choose another file")
         if document.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"import: format_version {document.get('format_version')!a}, this version reads "
-                f"{FORMAT_VERSION}; export the notes again"
+                f"import: format_version {str(document.get('format_version'))[:40]!a}, this "
+                f"version reads {FORMAT_VERSION}; export the notes again"
             )
         if document.get("autoencoder") != self.autoencoder:
             raise ValueError(
@@ -239,7 +239,7 @@ class NoteBook:
             raise self._damaged("autoencoders is missing")
         if document.get("format_version") != FORMAT_VERSION:
             raise self._damaged(
-                f"format_version {document.get('format_version')!a}, this version reads "
+                f"format_version {str(document.get('format_version'))[:40]!a}, this version reads "
                 f"{FORMAT_VERSION}"
             )
         return document

@@ -14,13 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.checkpoints import sweep_parts
 from callbacks.dashboard import FILE_KINDS, INDEX, Dashboard
-from callbacks.loggers import CSV_FILE, read_metrics
+from callbacks.loggers import CSV_FILE, read_columns, read_metrics
 from callbacks.run_config import CONFIG_FILE, ENVIRONMENT_FILE
 from callbacks.run_folder import CHECKPOINTS, MEDIA
 from callbacks.schedule import note_failure
 from callbacks.summary import REPORT_FILE, SUMMARY_FILE, RunSummary
 from policies.atomic_files import write_atomically
-from policies.json_files import read_json
+from policies.json_files import MAX_BYTES, read_json
 from rendering.report.embedding import Encodings
 from rendering.report.page import MAX_SIZE_MIB, Page, facts, report_page
 from rendering.report.records import RunRecord
@@ -28,6 +28,9 @@ from rendering.report.records import RunRecord
 NAME = "report"
 RUNNING = "running when written"
 """Status of a run that goes on; a page that a killed one leaves behind stays true."""
+MAX_CELLS = 1 << 25
+MAX_METRICS_BYTES = 512 * 2**20
+"""Numbers of a run that are read for its page: 80,000 rows of 400 columns."""
 
 
 class Report(Callback):
@@ -157,6 +160,7 @@ def read_run(
             "made, e.g. outputs/demo/last"
         )
     with _reading(folder / CSV_FILE):
+        _check_metrics(folder / CSV_FILE)
         rows = read_metrics(folder / CSV_FILE)
         last_step = max((_step(row["step"]) for row in rows), default=0)
     summary = _read_json(folder / SUMMARY_FILE)
@@ -170,7 +174,7 @@ def read_run(
     *older_configs, config = _numbered(folder / CONFIG_FILE)
     *older_environments, environment = _numbered(folder / ENVIRONMENT_FILE)
     with _reading(config):
-        text = config.read_text(encoding="utf-8") if config.is_file() else ""
+        text = config.read_text(encoding="utf-8") if _is_small_file(config) else ""
     record = RunRecord(
         name=f"{folder.parent.name}/{folder.name}",
         folder=folder,
@@ -206,6 +210,35 @@ def _reading(file: Path) -> Iterator[None]:
             f"{file}: is cut or not what train.py wrote ({type(error).__name__}: "
             f"{shorten(str(error), 300)}); mend it or move it away"
         ) from error
+
+
+def _is_small_file(file: Path, max_bytes: int = MAX_BYTES) -> bool:
+    """Whether a file is there.
+
+    Raises:
+        ValueError: If it is too large to read.
+    """
+    if not file.is_file():
+        return False
+    size = file.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{size:,} bytes, more than {max_bytes:,}")
+    return True
+
+
+def _check_metrics(file: Path) -> None:
+    """Refuse numbers that would fill the memory.
+
+    Raises:
+        ValueError: Saying how many they are.
+    """
+    if not _is_small_file(file, MAX_METRICS_BYTES):
+        return
+    content = file.read_bytes()
+    # A row that is cut short takes as much memory as a whole one.
+    n_cells = len(read_columns(file)) * (content.count(b"\n") + content.count(b"\r"))
+    if n_cells > MAX_CELLS:
+        raise ValueError(f"{n_cells:,} cells, more than {MAX_CELLS:,}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

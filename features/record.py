@@ -31,6 +31,9 @@ ROWS_AT_ONCE = 2**20
 """Activations of a row group: what a reader holds at once, 14 MB."""
 MAX_LATENTS = 1 << 24
 """Of a record; a header that asks for more is damaged."""
+DENSE_ROWS = 1 << 24
+"""Above as many rows a table that takes less than a byte for each is no record; reading one takes
+20 times the file or 340 MB."""
 _HEADER = b"policyscope"
 _ACTIVATION_COLUMNS = {
     "episode": "int32",
@@ -428,11 +431,15 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Tenso
         return ValueError(f"{path}: {problem}; record the features again")
 
     try:
-        table = parquet.read_table(path)
-        kinds = {each.name: str(each.type) for each in table.schema}
+        with parquet.ParquetFile(path) as file:
+            kinds = {each.name: str(each.type) for each in file.schema_arrow}
+            n_rows = file.metadata.num_rows
+            if n_rows > max(DENSE_ROWS, path.stat().st_size):
+                raise ValueError(f"{n_rows:,} rows in {path.stat().st_size:,} bytes")
+            table = file.read() if kinds == columns else None
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise refuse(f"is damaged ({shorten(str(error), 200)})") from error
-    if kinds != columns or any(table[name].null_count for name in columns):
+    if table is None or any(table[name].null_count for name in columns):
         raise refuse(f"has columns {kinds} instead of {dict(columns)}, all filled")
     header = parse_json((table.schema.metadata or {}).get(_HEADER, b"{}"), refuse)
     return {name: torch.from_numpy(table[name].to_numpy().copy()) for name in columns}, header

@@ -197,7 +197,15 @@ def progress_of(file: Path) -> tuple[float, bool, int]:
     Returns:
         Its training step, whether it is the run's last, and the time of the file in ns.
     """
-    return _step(file), file.name == LAST_CHECKPOINT, file.stat().st_mtime_ns
+    return _step(file), file.name == LAST_CHECKPOINT, _time_ns(file)
+
+
+def _time_ns(file: Path) -> int:
+    """When a file was written; 0 if it is gone by now."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _step(file: Path) -> float:
@@ -223,7 +231,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     files = (file for file in folder.iterdir() if not file.name.startswith("."))
     return sorted(
         (file for file in files if file.suffix == CHECKPOINT_SUFFIX and file.is_file()),
-        key=lambda file: file.stat().st_mtime_ns,
+        key=_time_ns,
         reverse=True,
     )
 

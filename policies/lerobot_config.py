@@ -161,11 +161,13 @@ def config_from_dict(values: Mapping[str, Any], source: Path) -> "PreTrainedConf
     import draccus
 
     fields_given = {name: value for name, value in values.items() if name != "type"}
-    if fields_given.get("pretrained_backbone_weights"):
-        fields_given["pretrained_backbone_weights"] = None
-    fields_given["device"] = "cpu"
     try:
-        return draccus.decode(_config_class(str(values.get("type"))), fields_given)
+        config_class = _config_class(str(values.get("type")))
+        # Its default may name some.
+        if any(field.name == "pretrained_backbone_weights" for field in fields(config_class)):
+            fields_given["pretrained_backbone_weights"] = None
+        fields_given["device"] = "cpu"
+        return draccus.decode(config_class, fields_given)
     except _decoding_errors() as error:
         raise LeRobotFormatError(
             source,

@@ -193,9 +193,11 @@ def load_lerobot_act(
             f"type is {shorten(ascii(config['type']), 80)}, not 'act'",
             "Load it as one of LeRobot's own policies",
         )
-    weights = read_safetensors(folder / WEIGHTS_FILE)
+    weights = read_weights(folder)
     legacy = {name: value for name, value in weights.items() if name.startswith(_LEGACY_PREFIXES)}
     preprocessor = read_processor(folder / PREPROCESSOR_FILE)
+    for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
+        _refuse_steps_that_act_lacks(folder / name)
     found = _legacy_statistics(legacy) or _processor_statistics(folder, preprocessor)
     # LeRobot scales as its processors say, whatever config.json says beside them.
     norm_map = _processor_norm_map(preprocessor)
@@ -461,6 +463,15 @@ def export_problems(policy: ACTPolicy, temporal_ensemble_coeff: float | None = N
 
 _KINDS = ("VISUAL", "STATE", "ENV", "ACTION")
 _MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
+_ACT_STEPS = (
+    "rename_observations_processor",
+    "to_batch_processor",
+    "device_processor",
+    "normalizer_processor",
+    "unnormalizer_processor",
+    RELATIVE_STEP,
+    "absolute_actions_processor",
+)
 _LEGACY_PREFIXES = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
 
@@ -470,7 +481,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         LeRobotFormatError: If it is missing or no JSON object.
     """
-    path = folder / CONFIG_FILE
+    path = _own_file(folder, CONFIG_FILE)
     if not path.is_file():
         raise LeRobotFormatError(
             path,
@@ -478,6 +489,15 @@ def read_config(folder: Path) -> dict[str, Any]:
             "Give the folder that holds config.json and model.safetensors (.../pretrained_model)",
         )
     return _read_json(path)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read ``model.safetensors`` of a LeRobot policy folder.
+
+    Raises:
+        LeRobotFormatError: If the file is missing, damaged or elsewhere.
+    """
+    return read_safetensors(_own_file(folder, WEIGHTS_FILE))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -499,7 +519,7 @@ def read_processor(path: Path) -> dict[str, Any] | None:
         LeRobotFormatError: If it is damaged, a step has no such name, or a step's file lies
             elsewhere.
     """
-    if not path.is_file():
+    if not _own_file(path.parent, path.name).is_file():
         return None
     pipeline = _read_json(path)
     steps = pipeline.setdefault("steps", [])
@@ -533,11 +553,43 @@ def state_file(folder: Path, step: Mapping[str, Any]) -> Path:
     def refuse(problem: str) -> LeRobotFormatError:
         return LeRobotFormatError(folder, f"state_file {problem}", "Do not trust this folder")
 
+    return inside(folder, step["state_file"], refuse, _blobs_of(folder))
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """A file of a policy folder, which is there or not, but is no link to a file elsewhere."""
+
+    def refuse(problem: str) -> LeRobotFormatError:
+        return LeRobotFormatError(
+            folder, problem, "Put the file itself there, or do not trust this folder"
+        )
+
+    return inside(folder, name, refuse, _blobs_of(folder))
+
+
+def _blobs_of(folder: Path) -> Path | None:
+    """Where the hub's cache keeps what the files of ``snapshots/<revision>/...`` link to."""
     resolved = folder.resolve()
-    # The hub's cache links the files of a snapshot to blobs beside it.
-    is_snapshot = resolved.parent.name == "snapshots"
-    links_within = resolved.parents[1] if is_snapshot else None
-    return inside(folder, step["state_file"], refuse, links_within)
+    for revision in (resolved, *resolved.parents):
+        if revision.parent.name == "snapshots":
+            return revision.parents[1] / "blobs"
+    return None
+
+
+def _refuse_steps_that_act_lacks(path: Path) -> None:
+    """Refuse a pipeline that does more to pictures, states or actions than our ACT does.
+
+    Raises:
+        LeRobotFormatError: Naming the step.
+    """
+    for step in (read_processor(path) or {"steps": []})["steps"]:
+        if step["registry_name"] not in _ACT_STEPS:
+            raise LeRobotFormatError(
+                path,
+                f"step {shorten(ascii(step['registry_name']), 80)} is none that our ACT can do: "
+                "its actions would not be LeRobot's",
+                "Run the policy in LeRobot itself",
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -558,7 +610,16 @@ def as_format_error(path: Path) -> Iterator[None]:
         yield
     except LeRobotFormatError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
         raise LeRobotFormatError(
             path,
             f"a value is missing or of a wrong kind ({type(e).__name__}: {shorten(str(e), 300)})",
@@ -763,7 +824,7 @@ def trained_on_imagenet_scale(folder: Path) -> bool:
     Raises:
         LeRobotFormatError: If that file is damaged.
     """
-    path = folder / TRAIN_CONFIG_FILE
+    path = _own_file(folder, TRAIN_CONFIG_FILE)
     if not path.is_file():
         return False
     dataset = _read_json(path).get("dataset")

@@ -54,6 +54,7 @@ from policies.lerobot_format import (
     read_config,
     read_processor,
     read_safetensors,
+    read_weights,
     state_file,
 )
 
@@ -70,6 +71,46 @@ POLICY_PREFIX = "policy."
 """Of the policy's weights in our checkpoints."""
 RUNS_FOREIGN_CODE = ("gaussian_actor", "groot", "pi0_fast", "wall_x")
 """LeRobot's types that have transformers run Python files of repositories that the policy names."""
+STEPS_THAT_LOAD_NOTHING = (
+    "absolute_actions_processor",
+    "device_processor",
+    "eo1_conversation_template_processor",
+    "evo1_action_processor",
+    "evo1_pad_action_processor",
+    "evo1_pad_state_processor",
+    "fastwam_action_toggle_processor",
+    "image_crop_resize_processor",
+    "map_delta_action_to_robot_action",
+    "map_tensor_to_delta_action_dict",
+    "molmoact2_action_frame_transform",
+    "molmoact2_clamp_action",
+    "molmoact2_clamp_normalized",
+    "molmoact2_masked_normalizer",
+    "molmoact2_masked_unnormalizer",
+    "molmoact2_state_frame_transform",
+    "normalizer_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+    "pi0_new_line_processor",
+    RELATIVE_STEP,
+    "rename_observations_processor",
+    "smolvla_new_line_processor",
+    "to_batch_processor",
+    "to_batch_processor_action",
+    "to_batch_processor_complementary_data",
+    "to_batch_processor_observation",
+    "unnormalizer_processor",
+    "vla_jepa_binarize_gripper",
+    "vla_jepa_clip_actions",
+    "vla_jepa_pre_snap_gripper",
+    "xvla_add_domain_id",
+    "xvla_image_scale",
+    "xvla_image_to_float",
+    "xvla_imagenet_normalize",
+    "xvla_rotation_6d_to_axis_angle",
+)
+"""LeRobot's processor steps that are made of their settings and tensors alone."""
+TOKENIZER_STEP = "tokenizer_processor"
+"""The one step that may load something: a tokenizer, whose own Python files are not run."""
 
 
 class LeRobotPolicyView:
@@ -453,20 +494,22 @@ def load_lerobot_policy(
             statistics, or the policy needs packages that are not installed.
     """
     values = read_config(folder)
-    _refuse_foreign_code(values.get("type"), folder / CONFIG_FILE)
-    weights = read_safetensors(folder / WEIGHTS_FILE)
+    config_file = folder / CONFIG_FILE
+    _refuse_foreign_code(values.get("type"), config_file)
+    weights = read_weights(folder)
     _refuse_legacy(weights, folder)
-    config = config_from_dict(values, folder / CONFIG_FILE)
+    with _building(config_file, values.get("type")):
+        config = config_from_dict(values, config_file)
     try:
         refuse_without_chunks(config)
     except ValueError as error:
-        raise LeRobotFormatError(folder / CONFIG_FILE, str(error), "Load another policy") from error
-    with extras_explained(folder / CONFIG_FILE, config.type):
+        raise LeRobotFormatError(config_file, str(error), "Load another policy") from error
+    with _building(config_file, config.type):
         policy = _with_weights(config, folder)
         preprocessor, postprocessor = _read_processors(config, folder)
-    view = LeRobotPolicyView(policy.to(device).eval(), preprocessor, postprocessor, seed, task)
-    found = {**_statistics_of(preprocessor), **_statistics_of(postprocessor)}
-    missing = _missing(config, preprocessor, postprocessor)
+        view = LeRobotPolicyView(policy.to(device).eval(), preprocessor, postprocessor, seed, task)
+        found = {**_statistics_of(preprocessor), **_statistics_of(postprocessor)}
+        missing = _missing(config, preprocessor, postprocessor)
     if missing and not found and statistics is not None:
         are_relative = _has_relative_actions(preprocessor, folder)
         found = statistics(view.data_schema, view.chunk_size, are_relative)
@@ -529,16 +572,49 @@ def lerobot_policy_from_checkpoint(
             parts["config"], weights, parts["statistics"], path, device=device
         )
         return loaded.policy, loaded.temporal_ensemble_coeff
-    config = config_from_dict(parts["config"], path)
-    policy = build_policy(config)
+    with _building(path, parts["config"]["type"]):
+        config = config_from_dict(parts["config"], path)
+        policy = build_policy(config)
+        processors = processors_for(config, parts["statistics"])
+        view = LeRobotPolicyView(policy.to(device).eval(), *processors)
     try:
         policy.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: the weights do not fit the policy ({shorten(str(error), 400)})"
         ) from error
-    processors = processors_for(config, parts["statistics"])
-    return LeRobotPolicyView(policy.to(device).eval(), *processors), None
+    return view, None
+
+
+@contextlib.contextmanager
+def _building(source: Path, policy_type: Any) -> Iterator[None]:
+    """Let LeRobot make a policy of a stranger's settings, without a stranger's code.
+
+    Raises:
+        LeRobotFormatError: In place of whatever it raises.
+    """
+    _run_no_remote_code()
+    with extras_explained(source, str(policy_type)):
+        try:
+            yield
+        except (ImportError, LeRobotFormatError):
+            raise
+        except Exception as error:  # each type has its own ways to refuse its settings
+            raise LeRobotFormatError(
+                source,
+                f"LeRobot cannot make a policy of it ({type(error).__name__}: "
+                f"{shorten(str(error), 300)})",
+                "Check the config, or copy it again",
+            ) from error
+
+
+def _run_no_remote_code() -> None:
+    """Have transformers refuse Python files of a repository where it would ask on the terminal."""
+    try:
+        from transformers import dynamic_module_utils  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
 def _refuse_legacy(weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -631,7 +707,7 @@ def _refuse_foreign_code(policy_type: Any, source: Path) -> None:
 
 
 def _refuse_foreign_steps(pipeline: Mapping[str, Any], path: Path) -> None:
-    """Let only steps of LeRobot's own through, and none that runs code from elsewhere.
+    """Let only those steps of LeRobot's own through that run no code from elsewhere.
 
     Raises:
         LeRobotFormatError: Naming the step.
@@ -647,13 +723,12 @@ def _refuse_foreign_steps(pipeline: Mapping[str, Any], path: Path) -> None:
                 f"step {shorten(ascii(name), 80)} is unknown to the installed LeRobot",
                 "Install the version of LeRobot that wrote it",
             )
-        step_class = ProcessorStepRegistry.get(name)
-        of_type = step_class.__module__.removeprefix("lerobot.policies.").partition(".")[0]
-        # LeRobot's default is to trust.
-        trusts = getattr(step_class, "trust_remote_code", False)
-        if of_type in RUNS_FOREIGN_CODE or step["config"].get("trust_remote_code", trusts):
+        if name not in (*STEPS_THAT_LOAD_NOTHING, TOKENIZER_STEP):
             raise LeRobotFormatError(
-                path, f"step {name!r} runs Python code of a repository that it names", _TRUSTED
+                path,
+                f"step {name!r} is none of those that are known to load nothing: it could run "
+                "Python code of a repository that its settings name",
+                _TRUSTED,
             )
 
 

@@ -1,6 +1,7 @@
 """Any finished policy from a path: our checkpoints and runs, LeRobot folders, hub ids."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -56,7 +57,7 @@ def load_policy(
 
     Args:
         policy_path: A checkpoint file (``.ckpt``), a run folder (its best
-            checkpoint, else the newest), a LeRobot policy folder (also one
+            checkpoint that can be read, else the newest), a LeRobot policy folder (also one
             that holds ``pretrained_model/``), or a hub id ``user/name``.
         device: Where the policy goes.
         revision: Branch, tag or commit of a hub id.
@@ -126,9 +127,7 @@ def find_policy(policy_path: str, revision: str | None = None) -> Path:
                 return folder
         checkpoints = [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")]
         if checkpoints:
-            # A run's best checkpoint if it ranks them; of several the one that got farthest.
-            best = [file for file in checkpoints if file.name.startswith("best")]
-            return max(best or checkpoints, key=progress_of)
+            return _best_readable(checkpoints)
         raise PolicyNotFoundError(
             f"{path}: holds neither {CONFIG_FILE} (a LeRobot policy) nor checkpoints/*.ckpt (a "
             "run of ours). Give the folder that does"
@@ -138,6 +137,29 @@ def find_policy(policy_path: str, revision: str | None = None) -> Path:
             f"{policy_path}: no such file or folder, and no hub id of the form user/name"
         )
     return _download(policy_path, revision)
+
+
+def _best_readable(checkpoints: Sequence[Path]) -> Path:
+    """A run's best checkpoint if it ranks them, and of several the one that got farthest.
+
+    Those that cannot be read are passed over with a warning, unless none can.
+    """
+    files = sorted(
+        checkpoints,
+        key=lambda file: (file.name.startswith("best"), progress_of(file)),
+        reverse=True,
+    )
+    damaged = []
+    for file in files:
+        try:
+            read_checkpoint(file)
+        except CheckpointError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            warnings.warn(f"{error}; taking {file.name}", stacklevel=3)
+        return file
+    return files[0]
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -20,7 +20,7 @@ def inside(
         root: The folder that the name is relative to.
         relative: The name, whatever was found where a name should be.
         error: Makes the exception from what is wrong with the name.
-        links_within: The folder that links may lead to, where it is larger than ``root``.
+        links_within: A folder beside ``root`` that links may lead to as well.
 
     Returns:
         ``root / relative``.
@@ -42,7 +42,9 @@ def inside(
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
         target = path.resolve()
-        is_below = target.is_relative_to((root if links_within is None else links_within).resolve())
+        is_below = any(
+            target.is_relative_to(folder.resolve()) for folder in (root, links_within) if folder
+        )
     except (OSError, RuntimeError, ValueError) as reason:
         raise error(f"{_short(relative)} is no name of a file ({_short(str(reason))})") from reason
     if not is_below:

@@ -1,16 +1,17 @@
 """Many pieces of work over worker processes of this machine, or over the nodes of a Ray cluster.
 
-Every worker computes with one thread, so a piece gives the same numbers whoever computes it and
-however many workers there are.
+Every worker computes with one thread, so a piece gives the same numbers whichever worker computes
+it and however many there are; without workers, this process gives them when it has one thread, too.
 """
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, get_args
 
@@ -30,6 +31,8 @@ def map_over[Item, Result](
 ) -> Iterator[Result]:
     """Give ``function(item)`` for each item, in the order of the items.
 
+    The first piece that fails ends all others at once.
+
     Args:
         function: Of a module, not a closure: workers import it. What it gives is pickled.
         items: Pickled, too; a worker takes the next one when it is done with one.
@@ -38,7 +41,8 @@ def map_over[Item, Result](
             ``RAY_ADDRESS`` names, which is started on this machine where none is named.
 
     Raises:
-        WorkerError: If a worker was killed, or Ray is not installed.
+        WorkerError: If a worker was killed, Ray is not installed, or what a worker raised cannot
+            be sent to this process; then with its text.
         ValueError: If ``n_workers`` is negative.
     """
     if n_workers < 0:
@@ -60,16 +64,45 @@ def _over_processes(
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin,
     )
+    waiting = deque(items)
+    asked: deque[Future[Any]] = deque()
     try:
-        for future in [pool.submit(function, item) for item in items]:
-            yield future.result()
+        while waiting or asked:
+            running = [future for future in asked if not future.done()]
+            # One more than compute, so that none has to wait for this process.
+            while waiting and len(running) <= n_workers:
+                running.append(pool.submit(_answer, function, waiting.popleft()))
+                asked.append(running[-1])
+            wait(running, return_when=FIRST_COMPLETED)
+            for future in running:
+                if future.done():
+                    future.result()
+            while asked and asked[0].done():
+                yield asked.popleft().result()
     except BrokenProcessPool as error:
         raise WorkerError(
             f"a worker process (of {n_workers}) died: it was killed, ran out of memory, or "
             "crashed; start again with fewer workers, or with 0 to see what crashes"
         ) from error
+    except BaseException:
+        # What they are at may take hours, and nobody wants it any more.
+        for process in [*pool._processes.values()]:
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _answer(function: Callable[[Any], Any], item: Any) -> Any:
+    try:
+        return function(item)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            # It would break the pool, and nobody would read what it says.
+            raise WorkerError(f"{type(error).__name__}: {error}") from error
+        raise
 
 
 def _begin() -> None:
@@ -115,7 +148,7 @@ def _with_one_thread(function: Callable[[Any], Any], item: Any) -> Any:
     import torch
 
     torch.set_num_threads(1)
-    return function(item)
+    return _answer(function, item)
 
 
 def start_ray(n_cpus: int) -> Any:

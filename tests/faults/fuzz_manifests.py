@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from fuzzing import ODD_NAMES, Case, Target, mutated_bytes, mutated_json, mutated_json_text
+from lerobot_folders import lerobot_policy, write_folder
 from pyarrow import parquet
 
 from autoencoders.files import AutoencoderError, load_autoencoder, save_autoencoder
@@ -38,6 +39,7 @@ from policies.act import ACTPolicy
 from policies.checkpoint_files import CheckpointError, read_checkpoint
 from policies.json_files import parse_json
 from policies.lerobot_format import LeRobotFormatError, export_lerobot_act, load_lerobot_act
+from policies.lerobot_view import load_lerobot_policy
 from policies.normalisation import AffineFeature
 from rendering.report.embedding import Encodings, media_of
 
@@ -69,6 +71,8 @@ def write_bases(root: Path) -> Path:
         if isinstance(feature, AffineFeature):
             feature.set(torch.zeros_like(feature.offset), torch.ones_like(feature.scale))
     export_lerobot_act(policy, root / "act")
+    with torch.random.fork_rng():
+        write_folder(root / "diffusion", *lerobot_policy("diffusion"))
     write_record(root / "record", _record())
     _write_run(root / "run")
     open_or_build(root / "store", ACTIVATION_SHAPES, "float16", IDENTITY, _compute, progress=False)
@@ -165,6 +169,12 @@ def _read_record(folder: Path) -> None:
 def _read_act(folder: Path) -> None:
     policy = load_lerobot_act(folder).policy
     assert all(value.isfinite().all() for value in policy.normaliser.state_dict().values())
+
+
+def _read_diffusion(folder: Path) -> None:
+    view = load_lerobot_policy(folder)
+    assert view.chunk_size > 0
+    assert view.data_schema.action_dim > 0
 
 
 def _read_run(folder: Path) -> None:
@@ -269,6 +279,17 @@ READERS: dict[str, tuple[str, Callable[[Path], None], Callable[[random.Random, b
         "act/policy_preprocessor_normalizer.safetensors",
         _read_act,
         _as_tensors,
+    ),
+    "diffusion_config": ("diffusion/config.json", _read_diffusion, _as_json),
+    "diffusion_preprocessor": (
+        "diffusion/policy_preprocessor.json",
+        _read_diffusion,
+        _as_json,
+    ),
+    "diffusion_postprocessor": (
+        "diffusion/policy_postprocessor.json",
+        _read_diffusion,
+        _as_json,
     ),
     "run_index": ("run/media/index.json", _read_run, _as_json),
     "run_summary": ("run/summary.json", _read_run, _as_json),

@@ -17,7 +17,7 @@ from policies.checkpoint_files import (
     newest_valid_checkpoint,
     read_checkpoint,
 )
-from policies.loading import find_policy
+from policies.loading import find_policy, load_policy
 
 WEIGHTS = torch.arange(256.0)
 pytestmark = pytest.mark.fault(3)
@@ -194,6 +194,54 @@ def test_an_analysis_takes_the_checkpoint_that_got_farthest(name: str, tmp_path:
     for place, step in enumerate((8, 20, 4)):
         touch(write(checkpoints / name.format(step), step), 1000 + place)
     assert find_policy(str(tmp_path / "run")) == checkpoints / name.format(20)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to(path.with_name("gone.ckpt"))
+
+
+def circle(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best-step000030.ckpt"])
+@pytest.mark.parametrize("damage", [dangling, circle, a_folder, cut(0), cut(0.5), photos])
+def test_an_analysis_passes_over_what_cannot_be_read(
+    damage: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    """Saying so: the policy is not the one that was to be expected."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    good = write(checkpoints / name.replace("last", "step000010").replace("30", "10"), 10)
+    damage(checkpoints / name)
+    with pytest.warns(UserWarning, match=rf"{name}: .*; taking {good.name}"):
+        assert find_policy(str(tmp_path / "run")) == good
+    newest = newest_valid_checkpoint(checkpoints)
+    assert newest.path == good
+
+
+def test_a_run_of_which_nothing_can_be_read_names_a_file(tmp_path: Path) -> None:
+    dangling(tmp_path / "last.ckpt")
+    cut(0.5)(tmp_path / "best-step000004.ckpt")
+    with pytest.raises(CheckpointError, match=r"best-step000004\.ckpt: .*cut short"):
+        load_policy(str(tmp_path))
+
+
+def test_a_file_that_goes_while_it_is_looked_at_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training deletes what it no longer ranks."""
+    good, going = write(tmp_path / "step000010.ckpt", 10), write(tmp_path / "step000020.ckpt", 20)
+    is_file = Path.is_file
+
+    def last_look(path: Path) -> bool:
+        found = is_file(path)
+        if path == going and found:
+            going.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", last_look)
+    assert newest_valid_checkpoint(tmp_path).path == good
 
 
 def test_a_copied_run_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -3,21 +3,27 @@
 import http.client
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
 import fuzz_manifests
+import numpy
+import pyarrow as pa
 import pytest
 import torch
 from fuzz_manifests import ACTIVATION_SHAPES, IDENTITY
+from pyarrow import parquet
 
-from browser.features import FeatureLibrary
+from browser.features import FeatureLibrary, read_descriptions
 from browser.notes import Note, NoteBook
 from browser.server import create_app, serving
-from callbacks.report import read_run
+from callbacks.report import MAX_METRICS_BYTES, read_run
 from datamodules.activation_store import open_or_build
-from policies.json_files import MAX_DEPTH, parse_json, read_json
+from features.describe import SUMMARY_FILE, TABLE_FILE
+from features.record import read_record
+from policies.json_files import MAX_BYTES, MAX_DEPTH, parse_json, read_json
 
 
 @pytest.mark.parametrize(
@@ -134,6 +140,62 @@ def test_a_damaged_file_of_a_run_is_named(file: str, text: str, tmp_path: Path) 
     with pytest.raises(ValueError, match=rf"run/{file}: .*mend it or move it away") as refused:
         read_run(run)
     assert len(str(refused.value)) < 1000
+
+
+def test_numbers_of_a_run_that_would_fill_the_memory_are_not_read(tmp_path: Path) -> None:
+    """Few bytes for many cells, or too many bytes at once."""
+    run = tmp_path / "run"
+    fuzz_manifests._write_run(run)
+    names = ",".join(f"n{number}" for number in range(20_000))
+    (run / "metrics.csv").write_text(f"step,{names}\n" + "1\n" * 2000)
+    with pytest.raises(ValueError, match=r"run/metrics\.csv: .*40,0\d\d,001 cells, more than"):
+        read_run(run)
+    for name, limit in (("metrics.csv", MAX_METRICS_BYTES), ("config.yaml", MAX_BYTES)):
+        fuzz_manifests._write_run(tmp_path / name)
+        with (tmp_path / name / name).open("ab") as file:
+            file.truncate(limit + 1)
+        with pytest.raises(ValueError, match=rf"{name}: .*{limit + 1:,} bytes, more than"):
+            read_run(tmp_path / name)
+
+
+def test_a_record_of_rows_out_of_nothing_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that say nothing are packed to almost no bytes."""
+    read = parquet.ParquetFile.read
+
+    def read_few(file: parquet.ParquetFile) -> pa.Table:
+        assert file.metadata.num_rows < 10
+        return read(file)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read", read_few)
+    shutil.copytree(fuzz_manifests.bases() / "record", tmp_path / "record")
+    read_record(tmp_path / "record")
+    for name in ("activations.parquet", "frames.parquet"):
+        file = tmp_path / "record" / name
+        whole, schema = file.read_bytes(), parquet.read_schema(file)
+        zeros = {each.name: numpy.zeros(2**20, each.type.to_pandas_dtype()) for each in schema}
+        with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+            for _ in range(17):
+                writer.write_table(pa.table(zeros, schema))
+        assert file.stat().st_size < 2**24
+        with pytest.raises(ValueError, match=rf"{name}: .*17,825,792 rows in .* bytes"):
+            read_record(tmp_path / "record")
+        file.write_bytes(whole)
+
+
+def test_a_table_of_features_out_of_nothing_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / SUMMARY_FILE).write_text("{}")
+    latents = pa.table({"latent": pa.array(numpy.arange(3))})
+    parquet.write_table(latents, tmp_path / TABLE_FILE)
+    assert list(read_descriptions(tmp_path).rows) == [0, 1, 2]
+    zeros = numpy.zeros(2**24 + 1, numpy.int8)
+    parquet.write_table(pa.table({"latent": zeros}), tmp_path / TABLE_FILE)
+    monkeypatch.setattr(parquet.ParquetFile, "read", Mock(side_effect=AssertionError("read")))
+    with pytest.raises(ValueError, match=r"16,777,217 rows of 1 columns.*describe"):
+        read_descriptions(tmp_path)
 
 
 BODIES = {

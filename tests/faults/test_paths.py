@@ -1,12 +1,16 @@
 """Row 24: no name in a file leads to a file outside the folder that it belongs to."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import fuzz_manifests
 import pytest
 
 from callbacks.report import read_run, write_report
+from policies.lerobot_format import LeRobotFormatError
+from policies.loading import load_policy
 from policies.safe_paths import inside
 
 pytestmark = pytest.mark.fault(24)
@@ -59,6 +63,63 @@ def test_links_may_lead_as_far_as_they_are_told(root: Path) -> None:
     assert inside(root, name, links_within=root.parent).read_bytes() == b"secret key"
     with pytest.raises(ValueError, match="leads out of"):
         inside(root, "../secret.mp4", links_within=root.parent)
+
+
+def cached_policy(root: Path, below: str) -> tuple[Path, Path]:
+    """A policy folder as the hub's cache holds it, and where its files are."""
+    repo = root / "models--somebody--policy"
+    (repo / "blobs").mkdir(parents=True)
+    folder = repo / "snapshots" / "0123abcd" / below
+    folder.mkdir(parents=True)
+    for number, file in enumerate(sorted((fuzz_manifests.bases() / "act").iterdir())):
+        shutil.copy(file, repo / "blobs" / str(number))
+        (folder / file.name).symlink_to(repo / "blobs" / str(number))
+    return folder, repo / "blobs"
+
+
+@pytest.mark.parametrize("below", ["", "pretrained_model", "last/pretrained_model"])
+def test_a_policy_of_the_hubs_cache_is_linked_to_its_blobs(below: str, tmp_path: Path) -> None:
+    folder, _ = cached_policy(tmp_path, below)
+    given = folder.parents[below.count("/")] if below else folder
+    assert load_policy(str(given)).source == folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "policy_preprocessor.json",
+        "policy_postprocessor.json",
+        "policy_preprocessor_normalizer.safetensors",
+    ],
+)
+@pytest.mark.parametrize("below", ["", "pretrained_model"])
+def test_no_file_of_a_policy_is_a_link_to_one_of_ours(
+    name: str, below: str, tmp_path: Path
+) -> None:
+    folder, _ = cached_policy(tmp_path, below)
+    outside = Path(shutil.copy(folder / name, tmp_path / "outside"))
+    (folder / name).unlink()
+    (folder / name).symlink_to(outside)
+    with pytest.raises(LeRobotFormatError, match=r"is a link out of .*trust this folder"):
+        load_policy(str(folder))
+    plain = shutil.copytree(fuzz_manifests.bases() / "act", tmp_path / "plain")
+    (plain / name).unlink()
+    (plain / name).symlink_to(outside)
+    with pytest.raises(LeRobotFormatError, match=r"is a link out of .*trust this folder"):
+        load_policy(str(plain))
+
+
+@pytest.mark.parametrize("name", ["config.json", "policy_preprocessor.json"])
+def test_no_file_of_a_policy_of_lerobots_is_a_link_to_one_of_ours(
+    name: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(fuzz_manifests.bases() / "diffusion", tmp_path / "policy")
+    (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(LeRobotFormatError, match=r"is a link out of .*trust this folder"):
+        load_policy(str(folder))
 
 
 def run_with(root: Path, name: Any, kind: str) -> Path:
