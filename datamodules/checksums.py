@@ -22,12 +22,20 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _LIST_LIMIT_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**20
 
-_AGAIN = "copy or download the file again, or take it from a backup"
+_RENAME = "rename it, or put the file itself into the data set"
+AGAIN = "copy or download the file again, or take it from a backup"
 
 
 def list_beside(path: Path) -> Path:
     """Where the checksums of a data set are kept: in its folder, or beside its one file."""
     return path / _LIST if path.is_dir() else path.with_name(f"{path.name}.{_LIST}")
+
+
+def links_within(root: Path) -> Path:
+    """The folder that links in a data set may lead to, besides its own."""
+    resolved = root.resolve()
+    # The hub's cache links the files of a snapshot to blobs beside it.
+    return resolved.parents[1] if resolved.parent.name == "snapshots" else resolved
 
 
 def files_below(path: Path) -> list[Path]:
@@ -53,12 +61,29 @@ def write_list(path: Path, on_bytes: Callable[[int], None]) -> int:
 
     Returns:
         How many files it lists.
+
+    Raises:
+        DatasetError: When a name does not fit into a line, or a file is a link out of the data set.
     """
     root = path if path.is_dir() else path.parent
     files = files_below(path)
+    names = [file.relative_to(root).as_posix() for file in files]
+    problems = []
+    for file, name in zip(files, names, strict=True):
+        try:
+            name.encode()
+            if {"\n", "\r"} & set(name):
+                raise ValueError("has a name of more than one line")
+            inside(root, name, links_within=links_within(root))
+        except UnicodeEncodeError:
+            problems.append(Problem(str(file), "", "has a name that is no UTF-8", _RENAME))
+        except ValueError as error:
+            problems.append(Problem(str(file), "", str(error), _RENAME))
+    if problems:
+        raise DatasetError(path, problems)
     lines = [
-        f"{_checksum(file, hashlib.sha256, on_bytes)}  {file.relative_to(root).as_posix()}\n"
-        for file in files
+        f"{_checksum(file, hashlib.sha256, on_bytes)}  {name}\n"
+        for file, name in zip(files, names, strict=True)
     ]
     write_atomically(list_beside(path), "".join(lines))
     return len(files)
@@ -93,16 +118,16 @@ def compare_with_list(
         match = _LINE.fullmatch(line.decode(errors="replace"))
         if match is None:
             raise refuse(f"line {number} is no checksum and name of a file")
-        expected[inside(root, match[2], refuse)] = match[1]
+        expected[inside(root, match[2], refuse, links_within(root))] = match[1]
     if not expected:
         raise refuse("lists no file")
     problems = []
     for file, checksum in expected.items():
         if not file.is_file():
-            problems.append(Problem(str(file), "", "no such file; the list has it", _AGAIN))
+            problems.append(Problem(str(file), "", "no such file; the list has it", AGAIN))
         elif _checksum(file, hashlib.sha256, on_bytes) != checksum:
             what = f"differs from what {listed.name} says of it"
-            problems.append(Problem(str(file), "", what, _AGAIN, kind="differs"))
+            problems.append(Problem(str(file), "", what, AGAIN, kind="differs"))
     unlisted = [str(file) for file in files_below(path) if file not in expected]
     return problems, unlisted
 

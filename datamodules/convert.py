@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from datamodules.progress import progress_bar
+from policies.atomic_files import sync
 
 MIN_VIDEO_PX = 32
 """SVT-AV1, LeRobot's encoder, ends the process on narrower or lower pictures."""
@@ -496,13 +498,44 @@ def refuse_overlap(source: str, target: Path) -> None:
         raise ValueError(f"{target}: overlaps the source {source}; choose another --output_dir")
 
 
+def _sweep(target: Path) -> None:
+    """Delete what killed processes left, and give back what one of them had put aside."""
+    if not target.parent.is_dir():
+        return
+    left = re.compile(rf"\.{re.escape(target.name)}\.([0-9]{{1,9}})\.(part|old)")
+    for beside in list(target.parent.iterdir()):
+        match = left.fullmatch(beside.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] == "old" and not target.exists():
+            os.rename(beside, target)
+        elif beside.is_dir() and not beside.is_symlink():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def build_beside(
     target: Path,
     write: Callable[[Path], None],
     overwrite: bool,
     replaceable: Callable[[Path], bool],
 ) -> None:
-    """Write beside the target and rename, so that it is whole or as before."""
+    """Write beside the target and rename, so that it is whole or as before.
+
+    It is on the disk before it gets its name. What killed runs left beside it is deleted.
+    """
+    _sweep(target)
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty:
         if not overwrite:
@@ -517,6 +550,8 @@ def build_beside(
     aside = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
         write(building)
+        for made in (building, *(building.rglob("*") if building.is_dir() else ())):
+            sync(made)
         if target.is_dir():
             os.rename(target, aside)
             try:
@@ -527,6 +562,7 @@ def build_beside(
             shutil.rmtree(aside)
         else:
             os.replace(building, target)
+        sync(target.parent)
     finally:
         if building.is_dir():
             shutil.rmtree(building)

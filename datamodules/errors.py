@@ -29,7 +29,9 @@ class Problem:
     """Problems of the same kind are counted together when there are many."""
 
     def __str__(self) -> str:
-        where = f"{self.file}: {_shown(self.key)}" if self.key else self.file
+        # The name of a file need not be UTF-8, and may hold what a terminal obeys.
+        file = self.file if self.file.isprintable() else _shown(self.file)
+        where = f"{file}: {_shown(self.key)}" if self.key else file
         return f"{where}: {_shown(self.what)}. Mend: {_shown(self.mend)}."
 
 

@@ -31,7 +31,7 @@ from datamodules.lerobot_files import (
     refusal,
 )
 from datamodules.sampling import EpochBatchSampler
-from datamodules.scan import CAMERA_NAME
+from datamodules.scan import can_name_camera
 from datamodules.statistics import IMAGE_SAMPLE_FRAMES, compute_statistics
 from datamodules.streaming import StreamDataset, StreamSampler
 from policies.interface import DataSchema, DataStatistics
@@ -392,28 +392,28 @@ def name_cameras(folder: Folder, chosen: Sequence[str] | None = None) -> dict[st
         chosen: Cameras to take, in this order, by name or key; all when None.
 
     Raises:
-        DatasetError: When a camera is unknown, or two would have the same name.
+        DatasetError: When a camera that is taken is unknown, or cannot have a name of its own.
     """
     file = folder.root / INFO
-    named: dict[str, str] = {}
+    keys_of: dict[str, list[str]] = {}
     for key in folder.cameras:
-        name = camera_name(key)
-        if not CAMERA_NAME.fullmatch(name):
-            what = "cannot name a camera (files are named after it)"
-            mend = "rename the feature; use letters, digits, '_', '-' and '.'"
-            raise refusal(file, f"features.{key}", what, mend)
-        if name in named:
-            what = f"{named[name]} and {key} would both be called {name!r}"
-            raise refusal(file, "features", what, "rename one, or load one with camera_names:")
-        named[name] = key
-    if chosen is None:
-        return named
-    keys = {key: name for name, key in named.items()}
+        keys_of.setdefault(camera_name(key), []).append(key)
     problems = [
-        Problem(str(file), "features", f"no camera {name!r}; it has {', '.join(named)}", "choose")
-        for name in chosen
-        if name not in named and name not in keys
+        Problem(str(file), "features", f"no camera {name!r}; it has {', '.join(keys_of)}", "choose")
+        for name in chosen or ()
+        if name not in keys_of and name not in folder.cameras
     ]
     if problems:
         raise DatasetError(folder.name, problems)
-    return {keys.get(name, name): named[keys.get(name, name)] for name in chosen}
+    taken: dict[str, str] = {}
+    for wanted in folder.cameras if chosen is None else chosen:
+        for key in [wanted] if wanted in folder.cameras else keys_of[wanted]:
+            name = camera_name(key)
+            if not can_name_camera(name):
+                what = "cannot name a camera (files are named after it)"
+                mend = "rename the feature, or choose others with camera_names:"
+                raise refusal(file, f"features.{key}", what, mend)
+            if taken.setdefault(name, key) != key:
+                what = f"{taken[name]} and {key} would both be called {name!r}"
+                raise refusal(file, "features", what, "rename one, or load one with camera_names:")
+    return taken

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
+from datamodules.checksums import links_within
 from datamodules.errors import DatasetError, Problem
 from datamodules.scan import PICTURE_LIMIT_PX, decode_picture
 from policies.json_files import parse_json
@@ -441,9 +442,7 @@ class _Links:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        resolved = root.resolve()
-        # The hub's cache links the files of a snapshot to blobs beside it.
-        self._within = resolved.parents[1] if resolved.parent.name == "snapshots" else resolved
+        self._within = links_within(root)
 
     def path(self, relative: str, error: Callable[[str], ValueError]) -> Path:
         """The path of a name in the data set.

@@ -6,7 +6,6 @@ Pictures are only measured here, not read; :mod:`datamodules.hdf5` reads them in
 import hashlib
 import importlib
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from h5py import h5o  # pyright: ignore[reportAttributeAccessIssue]
+from h5py import h5l, h5o  # pyright: ignore[reportAttributeAccessIssue]
 from jaxtyping import Float32, UInt8
 
 from datamodules.errors import DatasetError, Problem
@@ -31,11 +30,13 @@ from datamodules.layouts import (
     natural_key,
 )
 
-CAMERA_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_. -]{0,99}")
-"""Files are named after cameras, and strangers name the cameras."""
+_CAMERA_NAME_BYTES = 200
 _DEFLATE_LIMIT = 1100
 """Deflate never packs better than 1032 to 1 (zlib, technical details); more is not data."""
 _ALWAYS_ACCEPTED_BYTES = 64 * 2**20
+_SMALL_CHUNK_BYTES = 2**16
+"""As stored, of which no filter makes more than it is worth to look at."""
+NEVER_WRITTEN = "was created but never written"
 _CHUNK_LIMIT_BYTES = 2**30
 _RANGE_PROBES = 16
 _MAX_LISTED_DEPTH = 4
@@ -206,7 +207,7 @@ def naming_damage(file: Path, key: str = "", episode: int | None = None) -> Iter
         problem = Problem(
             str(file),
             key,
-            f"is damaged inside ({_first_line(error)})",
+            f"is damaged inside ({first_line(error)})",
             f"copy the file again, or {_SKIP}" if episode is not None else "copy the file again",
             episode,
             kind="damaged inside",
@@ -214,7 +215,8 @@ def naming_damage(file: Path, key: str = "", episode: int | None = None) -> Iter
         raise DatasetError(file, [problem]) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a library says is wrong, in one line."""
     text = str(error.args[0]) if error.args else str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
@@ -241,7 +243,7 @@ def _unreadable(file: Path, error: Exception) -> Problem:
         what = "is not an HDF5 file, or its beginning is damaged"
         mend = f"check that it is HDF5, or {again}"
     else:
-        what, mend = f"cannot be opened ({_first_line(error)})", again
+        what, mend = f"cannot be opened ({first_line(error)})", again
     return Problem(str(file), "", what, mend, kind="unreadable")
 
 
@@ -279,8 +281,7 @@ def check_storage(file: Path, dataset: h5py.Dataset, episode: int | None = None)
     # What the header says, too: of contiguous values it follows from the shape.
     stored = min(dataset.id.get_storage_size(), file.stat().st_size)
     if declared and not stored:
-        what = "was created but never written"
-        return Problem(str(file), key, what, _SKIP, episode, what)
+        return Problem(str(file), key, NEVER_WRITTEN, _SKIP, episode, NEVER_WRITTEN)
     if declared > max(_ALWAYS_ACCEPTED_BYTES, _DEFLATE_LIMIT * stored):
         return Problem(
             str(file),
@@ -294,7 +295,11 @@ def check_storage(file: Path, dataset: h5py.Dataset, episode: int | None = None)
     if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > _CHUNK_LIMIT_BYTES:
         what = f"has chunks of {dataset.chunks}, above 1 GiB"
         return Problem(str(file), key, what, "rewrite it with small chunks", episode)
-    for code, name in filters(dataset):
+    through = filters(dataset)
+    if through and stored > _SMALL_CHUNK_BYTES and (what := _swollen_chunk(dataset)):
+        mend = f"do not trust the file, or {_SKIP}"
+        return Problem(str(file), key, what, mend, episode, "swollen chunk")
+    for code, name in through:
         if not h5py.h5z.filter_avail(code):
             with suppress(ImportError):
                 importlib.import_module("hdf5plugin")
@@ -310,6 +315,36 @@ def check_storage(file: Path, dataset: h5py.Dataset, episode: int | None = None)
     return None
 
 
+def _swollen_chunk(dataset: h5py.Dataset) -> str | None:
+    """Say which chunk stores more than packing its values can take.
+
+    HDF5 unpacks all that a chunk stores, whatever its declared size: 1.5 MB of packed zeros in a
+    chunk of 32 bytes fill 1.6 GB. What passes here is at most 1030 times as large as the declared
+    chunk, or as 64 KiB.
+    """
+    assert dataset.chunks is not None
+    declared = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    # What deflate adds to what cannot be packed (zlib: 0.03 %), and fletcher32.
+    limit = max(_SMALL_CHUNK_BYTES, int(1.01 * declared) + 68)
+    # In memory a text of varying length is a pointer; in the file it takes 16 bytes.
+    if dataset.dtype.hasobject:
+        limit = max(limit, 2 * int(1.01 * declared) + 68)
+    if dataset.id.get_storage_size() <= limit:
+        return None
+    found: list[str] = []
+
+    def look(info: h5py.h5d.StoreInfo) -> int | None:
+        if info.size <= limit:
+            return None
+        found.append(
+            f"stores {info.size} bytes for the chunk {info.chunk_offset} of {declared} bytes"
+        )
+        return 1
+
+    dataset.id.chunk_iter(look)
+    return found[0] if found else None
+
+
 def read_failure(
     file: Path, dataset: h5py.Dataset, error: Exception, where: str, episode: int | None
 ) -> Problem:
@@ -318,10 +353,38 @@ def read_failure(
     return Problem(
         str(file),
         str(dataset.name),
-        f"cannot be read at {where} ({_first_line(error)}; written through {through})",
+        f"cannot be read at {where} ({first_line(error)}; written through {through})",
         f"the file is damaged: copy it again, or {_SKIP}",
         episode,
         kind="cannot be read",
+    )
+
+
+def child(group: h5py.Group, name: str | bytes) -> h5py.Group | h5py.Dataset | None:
+    """What a group holds under a name as h5py lists it: bytes where they are no UTF-8.
+
+    Raises:
+        ForeignStorageError: When it lies, or may lie, outside the file.
+    """
+    if isinstance(name, str):
+        return member(group, name)
+    key = f"{group.name}/{name.decode(errors='replace')}"
+    links = group.id.links  # pyright: ignore[reportAttributeAccessIssue]
+    if links.get_info(name).type != h5l.TYPE_HARD:
+        raise ForeignStorageError(key, "is a link under a name that is no UTF-8")
+    found = group[name]
+    if isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
+        raise ForeignStorageError(key, "keeps its values in other files")
+    return found if isinstance(found, h5py.Group | h5py.Dataset) else None
+
+
+def can_name_camera(name: str) -> bool:
+    """Whether files can be named after a camera; strangers name the cameras."""
+    return (
+        name.isprintable()
+        and not name.startswith(".")
+        and not {"/", "\\"} & set(name)
+        and 0 < len(name.encode()) <= _CAMERA_NAME_BYTES
     )
 
 
@@ -567,6 +630,9 @@ class _Scanner:
                 if not path.endswith("?"):
                     self.problem(path, "missing mask", "declare schema.train_mask: null")
                 continue
+            if problem := check_storage(self.file, mask):
+                self.problems.append(problem)
+                continue
             names = [
                 name.decode(errors="replace") if isinstance(name, bytes) else str(name)
                 for name in np.asarray(mask[()]).reshape(-1).tolist()
@@ -628,11 +694,12 @@ class _Scanner:
         self.resolved = True
 
     def add_camera(self, name: str, source: CameraSource, group: h5py.Group) -> None:
-        if not CAMERA_NAME.fullmatch(name):
+        if not can_name_camera(name):
             self.problem(
                 f"{group.name}/{source.path}",
                 f"{name!r} cannot name a camera, because files are named after cameras",
-                "use letters, digits, '_', '-', '.' and spaces",
+                "leave out '/', '\\' and control characters, a '.' at its beginning, and what is "
+                f"longer than {_CAMERA_NAME_BYTES} bytes",
                 kind="camera name",
             )
             return
@@ -873,7 +940,7 @@ class _Scanner:
                     height, width = decode_picture(data).shape[:2]
                 except H5PY_ERRORS as error:
                     self.problem(
-                        f"{key}, frame 0", f"holds {_first_line(error)}", _SKIP, kind="pictures"
+                        f"{key}, frame 0", f"holds {first_line(error)}", _SKIP, kind="pictures"
                     )
                     return
                 encoding = "jpeg" if data.startswith(_JPEG) else "png"

@@ -13,12 +13,15 @@ import h5py
 
 from datamodules import checksums
 from datamodules.errors import DatasetError, Problem, problem_lines
-from datamodules.layouts import ForeignStorageError, member
+from datamodules.layouts import ForeignStorageError
 from datamodules.progress import progress_bar
 from datamodules.scan import (
     H5PY_ERRORS,
+    NEVER_WRITTEN,
     check_storage,
+    child,
     filters,
+    first_line,
     foreign_problem,
     naming_damage,
     opened,
@@ -44,7 +47,9 @@ class Verification:
     chunked: int = 0
     """HDF5 data sets whose chunks have checksums."""
     unguarded: int = 0
-    """HDF5 data sets whose chunks have none."""
+    """HDF5 data sets whose values have none, or not all."""
+    texts: int = 0
+    """HDF5 attributes of varying length, whose values have none; they are only read."""
     unlisted: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -100,22 +105,37 @@ def _read_chunks(file: Path, root: h5py.File, found: Verification) -> None:
     """Read every chunk of a file once; HDF5 compares its checksum then."""
     waiting: list[h5py.Group] = [root]
     entered = {place_in_file(root)}
+    _read_attributes(file, root, found)
     while waiting:
         group = waiting.pop()
-        for name in map(str, group):
-            below = member(group, name)
+        for name in group:
+            below = None if name is None else child(group, name)
             if below is None or (place := place_in_file(below)) in entered:
                 continue
             entered.add(place)
+            _read_attributes(file, below, found)
             if isinstance(below, h5py.Group):
                 waiting.append(below)
             elif _FLETCHER32 not in [code for code, _ in filters(below)]:
                 found.unguarded += 1
-            elif problem := check_storage(file, below):
+            elif (problem := check_storage(file, below)) and problem.kind != NEVER_WRITTEN:
                 found.problems.append(problem)
             else:
                 found.chunked += 1
-                found.problems += _bad_chunks(file, below)
+                if below.size and below.id.get_storage_size():
+                    found.problems += _bad_chunks(file, below)
+
+
+def _read_attributes(file: Path, holder: h5py.Group | h5py.Dataset, found: Verification) -> None:
+    """Read every attribute; those of fixed length lie within what HDF5 1.10's format checks."""
+    for name in holder.attrs:
+        try:
+            found.texts += holder.attrs.get_id(name).dtype.hasobject
+            holder.attrs[name]
+        except H5PY_ERRORS as error:
+            what = f"cannot be read ({first_line(error)})"
+            problem = Problem(str(file), f"{holder.name}@{name}", what, checksums.AGAIN)
+            found.problems.append(problem)
 
 
 def _bad_chunks(file: Path, dataset: h5py.Dataset) -> list[Problem]:
@@ -172,6 +192,8 @@ def report(found: Verification) -> str:
             f"  {found.chunked} HDF5 data sets with checksums, all chunks read; "
             f"{found.unguarded} without"
         )
+    if found.texts:
+        lines.append(f"  {found.texts} HDF5 attributes of varying length, which have none")
     lines += [f"  - {line}" for line in problem_lines(found.problems)]
     if found.problems:
         lines.append(f"{len(found.problems)} problem(s).")

@@ -15,8 +15,12 @@ from fuzzing import ODD_NAMES, Case, Target, mutated_bytes, mutated_name
 from recordings import as_padded_jpeg, smooth_pictures, write_aloha, write_demos, write_robomimic
 
 from datamodules.errors import DatasetError
+from datamodules.hdf5_frames import check_pictures
+from datamodules.inspect import inspect_dataset
 from datamodules.layouts import LAYOUTS, HDF5Schema
+from datamodules.repack import repack
 from datamodules.scan import Scan, dataset_paths, opened, scan_hdf5
+from datamodules.verify import verify
 
 LENGTHS = (3, 4)
 
@@ -159,12 +163,23 @@ def _link(rng: random.Random, file: h5py.File) -> None:
         group[name] = file["type"]
 
 
+@cache
+def packed_zeros(size_mib: int) -> bytes:
+    pack = zlib.compressobj(9)
+    return b"".join(pack.compress(bytes(2**20)) for _ in range(size_mib)) + pack.flush()
+
+
+def _swollen(dataset: h5py.Dataset) -> None:
+    """Many times what the chunk declares."""
+    dataset.id.write_direct_chunk((0,) * dataset.ndim, packed_zeros(96))
+
+
 def _storage(rng: random.Random, file: h5py.File) -> None:
     path = rng.choice(_datasets(file))
     shape, kind = file[path].shape, file[path].dtype
     values = file[path][()]
     del file[path]
-    way = rng.randrange(6)
+    way = rng.randrange(7)
     if way == 0:
         size = int(np.prod(shape)) * kind.itemsize
         file.create_dataset(path, shape, kind, external=[("/etc/passwd", 0, size)])
@@ -181,6 +196,8 @@ def _storage(rng: random.Random, file: h5py.File) -> None:
         file.create_dataset(path, shape, kind, chunks=(1, *shape[1:]))
     elif way == 4:
         file.create_dataset(path, data=values, chunks=True, compression="lzf", shuffle=True)
+    elif way == 5:
+        _swollen(file.create_dataset(path, shape, kind, chunks=shape, compression="gzip"))
     else:
         dataset = file.create_dataset(path, shape, kind, chunks=shape, compression="gzip")
         dataset.id.write_direct_chunk((0,) * len(shape), rng.randbytes(40))
@@ -249,10 +266,6 @@ CHANGES: tuple[Callable[[random.Random, h5py.File], None], ...] = (
 
 def use(case: Case, folder: Path) -> None:
     """What training reads, what ``inspect`` reads, and what ``repack`` and ``verify`` do."""
-    from datamodules.hdf5_frames import check_pictures
-    from datamodules.inspect import inspect_dataset
-    from datamodules.repack import repack
-    from datamodules.verify import verify
 
     file = folder / "case.hdf5"
     file.write_bytes(case.content)

@@ -6,6 +6,7 @@ films are read in a forked one.
 
 import copy
 import io
+import json
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from fuzzing import Case, Target, mutated_bytes, mutated_json_text
 
 from datamodules import lerobot_files
 from datamodules.errors import DatasetError
+from datamodules.lerobot import LeRobotDataModule, name_cameras
 
 TOP = "observation.images.top"
 DATA = "data/chunk-000/file-000.parquet"
@@ -108,8 +110,6 @@ def films() -> tuple[bytes, ...]:
 
 def write_folder(root: Path, kind: str = "image") -> Path:
     """A good data set."""
-    import json
-
     for name in FILES.values():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / "meta/info.json").write_text(json.dumps(info(kind)))
@@ -201,8 +201,6 @@ def use(case: Case, folder: Path) -> None:
 
 
 def _read(root: Path, films_too: bool) -> None:
-    from datamodules.lerobot import LeRobotDataModule, name_cameras
-
     found = lerobot_files.read_folder(root)
     name_cameras(found)
     numbers = list(found.episodes)

@@ -32,6 +32,10 @@ CORPUS = Path(__file__).parent / "corpus"
 TARGETS = ("manifests", "hdf5", "lerobot", "config")
 """Each in a module ``fuzz_<name>``."""
 
+MEMORY_BYTES = 2**30
+"""That the process may grow by in one case."""
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
 Keys = tuple[Any, ...]
 
 ODD_NAMES = (
@@ -243,10 +247,23 @@ def keep(target: Target, case: Case) -> str:
 def _outcome(target: Target, case: Case, number: int, scratch: Path) -> Outcome:
     assert re.fullmatch(r"\w+", case.kind), case.kind
     _empty(scratch)
+    before = _memory_bytes("VmRSS")
+    if _CLEAR.exists():
+        # The largest that the process has been begins anew.
+        _CLEAR.write_text("5")
+    outcome = _outcome_of_use(target, case, number, scratch)
+    if _memory_bytes("VmHWM") - before > MEMORY_BYTES:
+        return Outcome(number, case.kind, "finding", f"more than {MEMORY_BYTES} bytes of memory")
+    return outcome
+
+
+def _outcome_of_use(target: Target, case: Case, number: int, scratch: Path) -> Outcome:
     try:
         with _at_most(target.limit_s):
             target.use(case, scratch)
     except target.accepted as error:
+        if _is_of_memory(error):
+            return Outcome(number, case.kind, "finding", _told(error))
         if _is_clear(error):
             return Outcome(number, case.kind, "refused")
         return Outcome(number, case.kind, "finding", f"{type(error).__name__}: no clear text")
@@ -255,6 +272,23 @@ def _outcome(target: Target, case: Case, number: int, scratch: Path) -> Outcome:
     except BaseException as error:
         return Outcome(number, case.kind, "finding", _told(error))
     return Outcome(number, case.kind, "accepted")
+
+
+def _memory_bytes(name: str) -> int:
+    """A line of the kernel's account of this process; 0 where it keeps none."""
+    if not _CLEAR.exists():
+        return 0
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Whether a reader met the end of the memory, and called it something else."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _is_clear(error: BaseException) -> bool:

@@ -10,7 +10,8 @@ import pytest
 from fuzz_lerobot import DATA, EPISODES, LENGTHS, TOP, info, tables, write_folder
 
 from datamodules.errors import DatasetError
-from datamodules.lerobot import LeRobotDataModule
+from datamodules.lerobot import LeRobotDataModule, name_cameras
+from datamodules.lerobot_files import read_folder
 from datamodules.verify import verify, write_list
 
 INFO = "meta/info.json"
@@ -145,6 +146,19 @@ def test_cameras_whose_names_could_leave_a_folder_are_refused(folder, key):
     with pytest.raises(DatasetError, match="cannot name a camera") as error:
         _ = LeRobotDataModule(str(folder)).source
     assert str(error.value).isprintable()
+
+
+@pytest.mark.fault(24)
+def test_only_cameras_that_are_taken_need_a_name(folder):
+    features = info("image")["features"]
+    odd = "observation.images.a/b"
+    features |= {odd: features[TOP], "observation.images.cam(1)": features[TOP]}
+    change(folder, features=features)
+    found = read_folder(folder)
+    named = name_cameras(found, ["cam(1)", TOP])
+    assert named == {"cam(1)": "observation.images.cam(1)", "top": TOP}
+    with pytest.raises(DatasetError, match="cannot name a camera"):
+        name_cameras(found, [odd])
 
 
 @pytest.mark.fault(9)
