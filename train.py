@@ -52,27 +52,38 @@ from callbacks.exact_resume import ExactResume
 from callbacks.interruption import (
     Reason,
     StopOnSignal,
+    Stopped,
     ignore_termination,
     leaving_in_order,
     requeue,
 )
-from callbacks.loggers import CsvLog, WandbLog
+from callbacks.loggers import CSV_FILE, CsvLog, WandbLog
 from callbacks.non_finite import NonFiniteStop
 from callbacks.progress import RunProgress
 from callbacks.report import Report
-from callbacks.run_config import CONFIG_FILE, RunConfig, check_config
+from callbacks.run_config import (
+    CONFIG_FILE,
+    RunConfig,
+    check_config,
+    mend_refusal,
+    only_trusted_imports,
+)
 from callbacks.run_folder import (
     CHECKPOINTS,
+    MEDIA,
     RunFolderError,
     RunLock,
     create_run_folder,
     job_link,
     last_run_folder,
+    named_folder,
     point_last_at,
     run_folder_of_job,
 )
 from callbacks.summary import RunSummary
 from policies.checkpoint_files import (
+    CHECKPOINT_SUFFIX,
+    RESUME_KEYS,
     CheckpointError,
     newest_valid_checkpoint,
     read_checkpoint,
@@ -101,6 +112,10 @@ class TrainingStarted(Callback):
     def __init__(self, run_folder: Path) -> None:
         self.run_folder = run_folder
         self.started = False
+        self.finished = False
+        """Whether training came to its end, whatever happens after it."""
+        self.first_step: int | None = None
+        """Step at which this process began to train; None before."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,8 +126,13 @@ class TrainingStarted(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = True
+        self.first_step = trainer.global_step
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             point_last_at(self.run_folder)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.finished = True
 
     @override
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,7 +163,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
         name = parser.prog.replace(" [options]", "")
-        _fail(f"{_plain(message)}\nAll options: {name} --help", EXIT_USAGE)
+        _fail(f"{mend_refusal(_plain(message))}\nAll options: {name} --help", EXIT_USAGE)
 
 
 class TrainCLI(LightningCLI):
@@ -153,6 +173,7 @@ class TrainCLI(LightningCLI):
         self._words = list(args)
         self._checkpoint: Path | None = None
         self._continued: Path | None = None
+        self._job: str | None = None
         self._lock: RunLock | None = None
         self._config_text = ""
         self.run_folder = Path()
@@ -209,6 +230,11 @@ class TrainCLI(LightningCLI):
         without a word, and instantiates whatever class the file names.
         """
         config = self._config()
+        if not isinstance(config.trainer, Namespace):
+            raise ValueError(
+                f"trainer: {type(config.trainer).__name__} given, it must be keys and their values"
+            )
+        needed = RESUME_KEYS if self.config["subcommand"] == "fit" else ()
         if self._continue_job(config):
             return
         asked = config.get("ckpt_path")
@@ -217,7 +243,7 @@ class TrainCLI(LightningCLI):
         if asked in {"last", "auto", "best"}:
             try:
                 run = last_run_folder(config.output_dir, config.name)
-                newest = newest_valid_checkpoint(run / CHECKPOINTS)
+                newest = newest_valid_checkpoint(run / CHECKPOINTS, needed)
             except ValueError:
                 if asked != "auto":
                     raise
@@ -234,17 +260,24 @@ class TrainCLI(LightningCLI):
                 self._continued = run
                 config["ckpt_path"] = None  # config.yaml starts a fresh run
         else:
-            read_checkpoint(asked)
+            read_checkpoint(asked, needed=needed)
             self._checkpoint = Path(asked)
 
     def _continue_job(self, config: Namespace) -> bool:
         """Go on with the run that an earlier start of this job began, whatever was asked then."""
-        if self.config["subcommand"] != "fit":
+        subcommand = self.config["subcommand"]
+        # One job may run many commands; the same one has the same settings in its next life.
+        text = self._parser(subcommand).dump(config, skip_unset=False)
+        self._job = job_link(f"{subcommand}\n{text}")
+        if subcommand != "fit":
             return False
-        run = run_folder_of_job(config.output_dir, config.name)
-        if run is None or not (run / CHECKPOINTS).is_dir():
+        run = run_folder_of_job(config.output_dir, config.name, self._job)
+        if run is None:
             return False
-        newest = newest_valid_checkpoint(run / CHECKPOINTS)
+        if not any((run / CHECKPOINTS).glob(f"*{CHECKPOINT_SUFFIX}")):
+            self._continued = run  # stopped before its first checkpoint: there it starts afresh
+            return False
+        newest = newest_valid_checkpoint(run / CHECKPOINTS, RESUME_KEYS)
         for error in newest.damaged:
             rank_zero_warn(f"passed over: {error}")
         self._checkpoint, self._continued = newest.path, run
@@ -258,10 +291,6 @@ class TrainCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config = self._config()
-        if not isinstance(config.trainer, Namespace):
-            raise ValueError(
-                f"trainer: {type(config.trainer).__name__} given, it must be keys and their values"
-            )
         self._config_text = self._parser(self.subcommand).dump(config, skip_unset=False)
         self._claim_run_folder(config)
         trainer = config.trainer
@@ -283,8 +312,11 @@ class TrainCLI(LightningCLI):
         )
         self._lock = RunLock(self.run_folder)
         sweep_parts(self.run_folder)
-        if self.subcommand == "fit" and (link := job_link()):
-            point_last_at(self.run_folder, link)
+        if self._continued and self._checkpoint is None:
+            (self.run_folder / CSV_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.run_folder / MEDIA, ignore_errors=True)
+        if self.subcommand == "fit" and self._job:
+            point_last_at(self.run_folder, self._job)
 
     def _drop_links_without_target(self) -> None:
         """Link only what the chosen model takes.
@@ -316,9 +348,16 @@ class TrainCLI(LightningCLI):
         callbacks += [
             callback for callback in self._always(trainer) if not _present(callback, callbacks)
         ]
-        return super().instantiate_trainer(
-            plugins=plugins, logger=loggers, callbacks=callbacks, **kwargs
-        )
+        try:
+            return super().instantiate_trainer(
+                plugins=plugins, logger=loggers, callbacks=callbacks, **kwargs
+            )
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            # Lightning checks some values only by using them.
+            raise ValueError(
+                "trainer: has a value that Lightning cannot use "
+                f"({type(error).__name__}: {error}); see train.py fit --help"
+            ) from error
 
     def _always(self, trainer: Namespace) -> list[Callback]:
         """Return the callbacks of every run; a configured one of the same class replaces them."""
@@ -361,6 +400,30 @@ class TrainCLI(LightningCLI):
         """Whether data and model were set up and the loops began."""
         return self._callback(TrainingStarted).started
 
+    @property
+    def finished(self) -> bool:
+        """Whether training came to its end."""
+        return self._callback(TrainingStarted).finished
+
+    def queue_again(self) -> str:
+        """Put the job back into the queue, unless it twice gained no step.
+
+        Returns:
+            What was done, or why not: a sentence for the user.
+        """
+        config = self._config()
+        first = self._callback(TrainingStarted).first_step
+        idle = named_folder(config.output_dir, config.name) / f"{self._job}.idle"
+        if first is not None and self.trainer.global_step > first:
+            idle.unlink(missing_ok=True)
+        elif idle.exists():
+            idle.unlink()
+            return "the job is not queued again (twice without a step gained; ask for more time)"
+        else:
+            idle.parent.mkdir(parents=True, exist_ok=True)
+            idle.touch()
+        return requeue()
+
     def run(self) -> None:
         """Run the subcommand and leave the run folder in order, whatever happens."""
         keep = False
@@ -370,13 +433,16 @@ class TrainCLI(LightningCLI):
             assert self.subcommand is not None
             super()._run_subcommand(self.subcommand)
             keep, exit_code = True, 0
-        except BaseException:
+        except BaseException as error:
             ignore_termination()
             keep = self.started
+            done = self.finished and isinstance(error, SIGTERMException)
             if self.trainer.is_global_zero and keep and self.trainer.global_step:
                 # What ended the run is worth more words than a disk that is full for this, too.
                 with contextlib.suppress(RunFolderError):
-                    self._callback(RunSummary).write(self.trainer, "stopped")
+                    self._callback(RunSummary).write(
+                        self.trainer, "finished" if done else "stopped"
+                    )
             raise
         finally:
             with contextlib.suppress(ValueError):
@@ -434,31 +500,41 @@ def _present(callback: Callback, callbacks: Sequence[Callback]) -> bool:
     return any(isinstance(each, kind) for each in callbacks)
 
 
-def with_run_config(words: Sequence[str]) -> list[str]:
+def with_run_config(words: Sequence[str]) -> tuple[list[str], bool]:
     """Add the configuration of a checkpoint's run where none is given, and check those that are.
+
+    Returns:
+        Words: Of the command line to use.
+        Trusted: Whether they may name any class.
 
     Raises:
         ConfigError: If a configuration is too large, or names classes that are not to be trusted:
             those of a run outside ``--output_dir``, or of any with ``--safe``.
     """
-    if not words or words[0] not in TrainCLI.subcommands():
-        return list(words)
+    safe = any(word.partition("=")[0] == "--safe" for word in words)
+    place = next((n for n, word in enumerate(words) if word in TrainCLI.subcommands()), None)
+    if place is None:
+        return list(words), not safe
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("-c", "--config", action="append", default=[])
     peek.add_argument("--ckpt_path")
     peek.add_argument("--name", default=DEFAULT_NAME)
     peek.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR)
-    peek.add_argument("--safe", action="store_true")
     try:
-        given, _ = peek.parse_known_args(words[1:])
+        given, _ = peek.parse_known_args([*words[:place], *words[place + 1 :]])
     except argparse.ArgumentError:
-        return list(words)
+        return list(words), not safe
     files = [Path(name) for name in given.config if _is_file(name)]
-    safe = given.safe or any(check_config(file, True).get("safe") is True for file in files)
+    for file in files:
+        content = check_config(file, any_class=True)
+        safe |= any(
+            isinstance(part, dict) and part.get("safe") is True
+            for part in (content, content.get(words[place]))
+        )
     for file in files:
         check_config(file, any_class=not safe)
     if not given.ckpt_path or given.config:
-        return list(words)
+        return list(words), not safe
     config = None
     if given.ckpt_path in {"last", "auto", "best"}:
         with contextlib.suppress(RunFolderError):
@@ -466,11 +542,11 @@ def with_run_config(words: Sequence[str]) -> list[str]:
     else:
         config = Path(given.ckpt_path).absolute().parent.parent / CONFIG_FILE
     if config is None or not _is_file(config):
-        return list(words)
+        return list(words), not safe
     # What lies among one's own runs was one's own code once.
     own = config.resolve().is_relative_to(Path(given.output_dir).expanduser().resolve())
     check_config(config, any_class=own and not safe)
-    return [words[0], "-c", str(config), *words[1:]]
+    return [*words[: place + 1], "-c", str(config), *words[place + 1 :]], own and not safe
 
 
 def _is_file(name: str | Path) -> bool:
@@ -567,7 +643,11 @@ def _lost_worker(error: BaseException, cli: TrainCLI | None) -> str | None:
     """Explain the death of a loader's process: something outside ended it."""
     if "DataLoader worker" not in str(error) or cli is None:
         return None
-    saved = f"; continue with --ckpt_path last --name {cli._config().name}" if cli.started else ""
+    saved = (
+        f"; continue with --ckpt_path last --name {cli._config().name}"
+        if cli.trainer.global_step
+        else ""
+    )
     return (
         f"{str(error).splitlines()[0]} A process that loads data was ended from outside, mostly "
         "because memory ran out: use fewer with --data.init_args.num_workers, give the container "
@@ -617,15 +697,19 @@ def main(args: Sequence[str] | None = None) -> TrainCLI:
     cli: TrainCLI | None = None
     with _quieter(), leaving_in_order():
         try:
-            cli = TrainCLI(with_run_config(words))
+            words, trusted = with_run_config(words)
+            with contextlib.nullcontext() if trusted else only_trusted_imports():
+                cli = TrainCLI(words)
             cli.run()
             return cli
-        except SIGTERMException:
+        except SIGTERMException as stop:
             reason = Reason.TERMINATED if cli is None else cli._callback(StopOnSignal).reason
+            if isinstance(stop, Stopped):
+                reason = stop.reason
             if cli is not None:
                 _say_how_to_continue(cli)
-                if reason is Reason.REQUEUE and cli.trainer.is_global_zero:
-                    print(requeue())
+            if reason is Reason.REQUEUE and getattr(rank_zero_only, "rank", 0) == 0:
+                _queue_again(cli)
             by_hand = reason is Reason.INTERRUPTED
             raise SystemExit(EXIT_INTERRUPTED if by_hand else EXIT_TERMINATED) from None
         except KeyboardInterrupt:
@@ -649,8 +733,22 @@ def main(args: Sequence[str] | None = None) -> TrainCLI:
             _fail(explained or _message(error))
 
 
+def _queue_again(cli: TrainCLI | None) -> None:
+    if cli is not None:
+        if not cli.finished:
+            print(cli.queue_again())
+    elif int(os.environ.get("SLURM_RESTART_COUNT") or 0) < 2:
+        print(requeue())
+    else:
+        print("the job is not queued again (stopped before it had read its configuration)")
+
+
 def _say_how_to_continue(cli: TrainCLI) -> None:
-    if cli.subcommand != "fit" or not cli.started or not cli.trainer.is_global_zero:
+    if cli.subcommand != "fit" or cli.finished or not cli.trainer.is_global_zero:
+        return
+    if not cli.trainer.global_step or not any(
+        (cli.run_folder / CHECKPOINTS).glob(f"*{CHECKPOINT_SUFFIX}")
+    ):
         return
     config = cli._config()
     words = ["python train.py fit"]

@@ -1,14 +1,16 @@
 """Stop between two batches when asked to, so that the checkpoint written is exact."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from types import FrameType
-from typing import Any, override
+from typing import Any, TextIO, override
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,6 +36,14 @@ class Reason(IntEnum):
     INTERRUPTED = 3
 
 
+class Stopped(SIGTERMException):
+    """A signal came where no :class:`StopOnSignal` listens."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__()
+        self.reason = reason
+
+
 class StopOnSignal(Callback):
     """Lets Ctrl-C, SIGTERM and SIGHUP finish the batch at hand, write ``last.ckpt``, and end.
 
@@ -55,7 +65,7 @@ class StopOnSignal(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning's own handler talks to the other processes from wherever the signal meets it.
         connector: Any = trainer._signal_connector
-        connector._sigterm_notifier_fn = _own(leave)
+        connector._sigterm_notifier_fn = _own(_leaving(Reason.TERMINATED))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,10 +73,7 @@ class StopOnSignal(Callback):
         self.reason = self._asked = Reason.NONE
         if threading.current_thread() is not threading.main_thread():
             return
-        reasons: dict[int, Reason] = dict.fromkeys(TERMINATING, Reason.TERMINATED)
-        if os.environ.get("SLURM_JOB_ID"):
-            reasons[REQUEUING] = Reason.REQUEUE
-        for number, reason in reasons.items():
+        for number, reason in _reasons().items():
             _take(number, self._asking(reason))
         self._previous[signal.SIGINT] = signal.signal(
             signal.SIGINT, _own(self._asking(Reason.INTERRUPTED))
@@ -138,31 +145,84 @@ class StopOnSignal(Callback):
 
 @contextlib.contextmanager
 def leaving_in_order() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP exceptions where no :class:`StopOnSignal` listens yet."""
+    """Make signals :class:`Stopped` where no :class:`StopOnSignal` listens yet.
+
+    A terminal that goes away takes no exception along: what is printed from then on is lost.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in TERMINATING}
-    for number in TERMINATING:
-        _take(number, leave)
+    before = {number: signal.getsignal(number) for number in _reasons()}
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_outliving(stream) for stream in streams)
+    for number, reason in _reasons().items():
+        _take(number, _leaving(reason))
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.stdout, sys.stderr = streams
 
 
-def leave(number: int, frame: FrameType | None) -> None:
+def _reasons() -> dict[int, Reason]:
+    """Signals to listen to, and what they ask for."""
+    reasons: dict[int, Reason] = dict.fromkeys(TERMINATING, Reason.TERMINATED)
+    if os.environ.get("SLURM_JOB_ID"):
+        reasons[REQUEUING] = Reason.REQUEUE
+    return reasons
+
+
+def _leaving(reason: Reason) -> Handler:
     """Handle a signal by ending now, once: what is half made is cleared away undisturbed."""
-    ignore_termination()
-    raise SIGTERMException
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        ignore_termination()
+        raise Stopped(reason)
+
+    return leave
 
 
 def ignore_termination() -> None:
-    """Let SIGTERM and SIGHUP change nothing more: this process is about to end."""
+    """Let further signals change nothing more: this process is about to end."""
     if threading.current_thread() is threading.main_thread():
-        for number in TERMINATING:
+        for number in _reasons():
             signal.signal(number, signal.SIG_IGN)
+
+
+class _Outliving:
+    """A stream to a terminal, and to nowhere once that is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            _forget_terminal(self._stream, error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            _forget_terminal(self._stream, error)
+
+
+def _outliving(stream: TextIO) -> Any:
+    return _Outliving(stream) if stream is not None and stream.isatty() else stream
+
+
+def _forget_terminal(stream: TextIO, error: OSError) -> None:
+    if error.errno != errno.EIO:
+        raise error
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def requeue() -> str:

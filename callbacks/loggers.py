@@ -335,8 +335,12 @@ class WandbLog(GatheredRows, WandbLogger):
         """End the W&B run; a later process may take it up again."""
         if self._experiment is not None:
             with _quiet():
+                folder = self.folder
                 try:
                     self._experiment.finish(exit_code=exit_code)
+                except TimeoutError:
+                    rank_zero_warn(f"W&B: upload not finished; wandb sync {folder}")
+                    self.errors += 1
                 except Exception as error:
                     self._give_up(error)
             self._experiment = None
@@ -441,7 +445,7 @@ class WandbLog(GatheredRows, WandbLogger):
                 settings=wandb.Settings(
                     init_timeout=self._init_timeout_s,
                     finish_timeout=self._finish_timeout_s,
-                    finish_timeout_raises=False,
+                    finish_timeout_raises=True,
                     console="off",
                     silent=True,
                 ),

@@ -1,5 +1,6 @@
 """What was run, and with what: the configuration, the code, the machine."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -9,13 +10,15 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, override
 
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
+from jsonargparse._common import parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
@@ -72,6 +75,35 @@ def check_config(file: Path, any_class: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: not a configuration; it must be a YAML mapping")
     return content
+
+
+@contextlib.contextmanager
+def only_trusted_imports() -> Iterator[None]:
+    """Have nothing imported for a configuration but what is trusted, wherever it is named.
+
+    What :func:`check_config` sees gets the better message; this holds for all the rest: files that
+    the parser reads by any name, words of the command line, names that lead out of a trusted
+    package.
+    """
+    before = dict(parsing_settings)
+    refused = [f"{package}.{name}" for package in TRUSTED for name in CALLS_ANYTHING]
+    set_parsing_settings(import_path_denylist=["*", *refused], import_path_allowlist=[*TRUSTED])
+    try:
+        yield
+    finally:
+        parsing_settings.update(before)
+
+
+def mend_refusal(message: str) -> str:
+    """Say what to do about a name that :func:`only_trusted_imports` refused."""
+    refused = re.compile(
+        r", denied by the '.*?' entry of the import path denylist\. Add the .* it\."
+    )
+    return refused.sub(
+        ": not part of this project; a configuration is code: read it, and give it with -c "
+        "(without --safe) if you trust it",
+        message,
+    )
 
 
 class _Check:

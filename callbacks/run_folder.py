@@ -13,6 +13,7 @@ wandb/             the W&B run, when W&B is used
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -135,13 +136,20 @@ def last_run_folder(output_dir: str | os.PathLike[str], name: str) -> Path:
     return link.resolve()
 
 
-def job_link() -> str | None:
-    """Name the link to the run of the job that this process is part of; None outside a job.
+def job_link(command: str) -> str | None:
+    """Name the link to the run that a command of this process's job made; None outside a job.
 
-    A job is one of SLURM, or a ``torchrun`` that starts its processes again.
+    A job is one of SLURM, or a ``torchrun`` that starts its processes again and has an id of its
+    own.
+
+    Args:
+        command: What tells it from other commands of the same job.
     """
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if job is None else f".job-{re.sub(r'[^0-9A-Za-z_-]', '_', job)[:100]}"
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "none"
+    if job == "none":  # torchrun's id where none is given: all such jobs share it
+        return None
+    which = hashlib.sha256(command.encode(errors="surrogatepass")).hexdigest()[:16]
+    return f".job-{re.sub(r'[^0-9A-Za-z_-]', '_', job)[:100]}-{which}"
 
 
 def restarted() -> bool:
@@ -150,9 +158,16 @@ def restarted() -> bool:
     return any(os.environ.get(name, "0") not in {"", "0"} for name in counts)
 
 
-def run_folder_of_job(output_dir: str | os.PathLike[str], name: str) -> Path | None:
-    """Return the run that an earlier start of this very job made; None if there is none."""
-    link = job_link()
+def run_folder_of_job(
+    output_dir: str | os.PathLike[str], name: str, link: str | None
+) -> Path | None:
+    """Return the run that this command made in an earlier start of its job; None if there is none.
+
+    Args:
+        output_dir: Folder of all runs.
+        name: Name of the run.
+        link: From :func:`job_link`.
+    """
     if link is None or not restarted():
         return None
     folder = named_folder(output_dir, name) / link

@@ -4,13 +4,15 @@
 
 Nearly all kills hit a forked process that trains the toy model with the real trainer, checkpoints,
 hard-linked ``last.ckpt``, metrics, diagnostics and index, saving after every step; some hit a
-whole ``train.py``. Half of them have TMPDIR on another file system (``/dev/shm``), where
-Lightning's own writer leaves torn files.
+whole ``train.py``. Every second kill comes as soon as a half-written file is seen, the others at
+random moments. Half of them have TMPDIR on another file system (``/dev/shm``), where Lightning's
+own writer leaves torn files.
 
 After each kill every checkpoint must load, ``metrics.csv``, ``media/index.json`` and
 ``config.yaml`` must parse, the newest checkpoint must not be older than before, ``last.ckpt`` must
 be there, and the metrics must have a row for each step up to the newest checkpoint. The next start
-must sweep away what was half-written.
+must sweep away what was half-written. At least a quarter of all kills must hit a write: the others
+prove little.
 """
 
 import argparse
@@ -52,7 +54,13 @@ from callbacks.run_folder import CHECKPOINTS, RunLock, write_beside  # noqa: E40
 from policies.checkpoint_files import newest_valid_checkpoint, read_checkpoint  # noqa: E402
 
 WINDOW_S = 0.5
-"""A kill comes up to this long after training began or went on."""
+"""A kill at a random moment comes up to this long after training began or went on."""
+SIGHT_LIMIT_S = 5.0
+"""How long to look for a half-written file before killing all the same."""
+SIGHT_DELAY_S = 0.002
+"""A kill on sight comes up to this long after it."""
+LEAST_SHARE = 0.25
+"""Of all kills, those that must hit a write."""
 START_LIMIT_S = 240.0
 TMPDIRS = ("same", "/dev/shm")
 
@@ -64,6 +72,8 @@ class Kills:
     kills: int = 0
     in_a_write: int = 0
     """Kills that left a part of a file: those prove something."""
+    swept: int = 0
+    """Parts of files that the next start found and cleared away."""
     steps: int = 0
     """Of the newest checkpoint in the end."""
     checkpoints_read: int = 0
@@ -88,7 +98,7 @@ def train_for_ever(run: Path, tmpdir: str, width: int, told: Connection) -> None
     os.dup2(devices, 2)
     RunLock(run)
     sweep_parts(run)
-    told.send([str(part) for part in run.rglob(".*.part")])
+    told.send("swept")
     write_beside(run / "config.yaml", "model: toy\n")
     folder = run / CHECKPOINTS
     newest = newest_valid_checkpoint(folder).path if any(folder.glob("*.ckpt")) else None
@@ -145,18 +155,20 @@ def kill_forks(folder: Path, kills: int, tmpdir: str, seed: int = 0, width: int 
     for number in range(kills):
         ours, theirs = processes.Pipe(duplex=False)
         child = processes.Process(target=train_for_ever, args=(folder, tmpdir, width, theirs))
+        parts = _parts(folder)
         child.start()
         theirs.close()
         try:
-            if number:
-                result.not_swept += [f"kill {number}: {part}" for part in ours.recv()]
-            else:
-                ours.recv()
+            ours.recv()
+            _count_swept(folder, parts, number, result)
             ours.recv()
         except EOFError as error:
             child.join()
             raise RuntimeError(f"start {number} ended by itself ({child.exitcode})") from error
-        time.sleep(chance.uniform(0, WINDOW_S))
+        if number % 2:
+            time.sleep(chance.uniform(0, WINDOW_S))
+        else:
+            wait_for_part(folder, chance)
         child.kill()
         child.join()
         ours.close()
@@ -205,6 +217,7 @@ def kill_commands(folder: Path, kills: int, tmpdir: str, seed: int = 0) -> Kills
     newest = 0
     run = folder / "outputs" / "toy" / "last"
     for number in range(kills):
+        parts = _parts(run.resolve())
         child = subprocess.Popen(
             [*command, "--ckpt_path", "auto"],
             cwd=folder,
@@ -220,16 +233,51 @@ def kill_commands(folder: Path, kills: int, tmpdir: str, seed: int = 0) -> Kills
                 child.kill()
                 raise RuntimeError(f"start {number} of train.py came to nothing")
             time.sleep(0.01)
-        result.not_swept += [
-            f"kill {number}: {part}"
-            for part in run.rglob(".*.part")
-            if part.stat().st_mtime < time.time() - (time.monotonic() - began)
-        ]
-        time.sleep(chance.uniform(0, 2 * WINDOW_S))
+        _count_swept(run.resolve(), parts, number, result)
+        if number % 2:
+            time.sleep(chance.uniform(0, 2 * WINDOW_S))
+        else:
+            wait_for_part(run.resolve(), chance)
         child.send_signal(signal.SIGKILL)
         child.wait()
         newest = look(run, number, newest, result)
     return result
+
+
+def wait_for_part(run: Path, chance: random.Random) -> None:
+    """Wait until one of the next files of a run is half written; which one is drawn."""
+    skipped = chance.randrange(4)
+    seen_before = False
+    began = time.monotonic()
+    while time.monotonic() - began < SIGHT_LIMIT_S:
+        seen = any(
+            entry.name.endswith(".part")
+            for folder in (run / CHECKPOINTS, run, run / "media")
+            if folder.is_dir()
+            for entry in os.scandir(folder)
+        )
+        if seen and not seen_before:
+            if not skipped:
+                break
+            skipped -= 1
+        seen_before = seen
+    time.sleep(chance.uniform(0, SIGHT_DELAY_S))
+
+
+def _parts(run: Path) -> dict[Path, int]:
+    """Half-written files and their times in ns: a new one of the same name is another one."""
+    return {part: part.stat().st_mtime_ns for part in run.rglob(".*.part")}
+
+
+def _count_swept(run: Path, before: dict[Path, int], number: int, result: Kills) -> None:
+    for part, time_ns in before.items():
+        try:
+            if part.stat().st_mtime_ns == time_ns:
+                result.not_swept.append(f"kill {number}: {part.relative_to(run)}")
+                continue
+        except FileNotFoundError:
+            pass
+        result.swept += 1
 
 
 def look(run: Path, number: int, newest_before: int, result: Kills) -> int:
@@ -296,11 +344,14 @@ def main(args: Sequence[str] | None = None) -> None:
             found[key] = asdict(kills)
             faults += kills.faults
             print(
-                f"{key}: {kills.kills} kills, {kills.in_a_write} in a write, "
+                f"{key}: {kills.kills} kills, {kills.in_a_write} in a write, {kills.swept} swept, "
                 f"{kills.checkpoints_read} checkpoints read, step {kills.steps}, "
                 f"{len(kills.faults)} faults",
                 flush=True,
             )
+    hits = sum(each["in_a_write"] for each in found.values())
+    if hits < LEAST_SHARE * chosen.kills:
+        faults.append(f"only {hits} of {chosen.kills} kills hit a write: too few to prove anything")
     found["seed"] = chosen.seed
     found["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_runs import errors_in, exit_code, forked, last, write_config
+from toy_runs import also, errors_in, exit_code, forked, last, write_config
 
 from callbacks.checkpoints import AtomicCheckpointIO
 from callbacks.loggers import CsvLog, read_metrics
@@ -78,9 +78,10 @@ def test_a_run_on_a_full_disk_ends_in_one_error_and_goes_on_with_more_room(
     words = ["fit", "-c", "toy.yaml", "--ckpt_path", "last"]
     said = tmp_path / "said"
     if kind == "media":
-        # The diagnostic's pictures are small; a folder of its step in the way stands for no room.
-        (run / "media" / "step_000008").write_text("full")
-        assert exit_code(*words) == 0
+        # Nothing but the diagnostic writes as much: its arrays hit the limit, nothing else does.
+        size = 4 * max(file.stat().st_size for file in run.rglob("*") if file.is_file())
+        words += [also("toy_runs.Large", n_bytes=2 * size)]
+        assert forked(lambda: exit_code(*words), said, size) == 0, said.read_text()
         rows = read_metrics(run / "metrics.csv")
         assert max(row.get("diagnostics/errors", 0) for row in rows) >= 1
         assert read_checkpoint(checkpoint)["global_step"] == 12

@@ -3,15 +3,17 @@
 import multiprocessing
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from kill_loop import TMPDIRS, kill_forks
-from toy_runs import exit_code, last, write_config
+from toy_runs import also, exit_code, forked, last, write_config
 
 from callbacks.checkpoints import AtomicCheckpointIO, sweep_parts
+from callbacks.loggers import read_metrics
 from policies.checkpoint_files import read_checkpoint
 
 pytestmark = [pytest.mark.fault(1), pytest.mark.filterwarnings("ignore")]
@@ -58,6 +60,27 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path: Path, tmpd
     kills = kill_forks(tmp_path, 5, tmpdir)
     assert kills.kills == 5
     assert kills.faults == []
+    assert kills.in_a_write >= 2, "three were aimed at one"
+
+
+def test_a_kill_in_the_next_batch_finds_the_checkpoint_that_was_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    words = ["fit", "-c", "toy.yaml"]
+    words += [also("callbacks.checkpoints.LastCheckpoint", every_n_train_steps=5)]
+    words += [also("toy_runs.KillAt", step=5)]
+    words += ["--trainer.limit_val_batches", "0"]
+
+    def run() -> int:
+        torch.set_num_threads(1)  # torch's threads do not survive a fork
+        return exit_code(*words)
+
+    assert forked(run, tmp_path / "said") == -signal.SIGKILL
+    checkpoint = read_checkpoint(last(tmp_path) / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == 5
+    assert read_metrics(last(tmp_path) / "metrics.csv")[-1]["step"] == 5
 
 
 def test_the_next_start_sweeps_the_whole_run_folder(

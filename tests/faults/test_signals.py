@@ -1,8 +1,12 @@
 """Signals at awkward moments: an exact checkpoint, the right exit code, nothing half done."""
 
+import json
 import multiprocessing
 import os
+import pty
+import select
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from toy import ToyData
+from toy import ToyData, ToyModule
 from toy_runs import also, exit_code, last, write_config
 
 import train
 from callbacks.interruption import StopOnSignal, _own
+from callbacks.loggers import read_metrics
 from policies.checkpoint_files import read_checkpoint
 
 pytestmark = [pytest.mark.fault(5), pytest.mark.filterwarnings("ignore")]
@@ -133,6 +138,44 @@ def test_a_run_under_nohup_outlives_its_terminal(here: Path) -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert step_of(here) == 4
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_a_terminal_that_closes_costs_nothing(here: Path, bar: bool) -> None:
+    write_config(here, enable_progress_bar=bar, max_steps=10**6)
+    child, terminal = pty.fork()
+    if child == 0:
+        code = 99
+        try:
+            torch.set_num_threads(1)  # torch's threads do not survive a fork
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            code = exit_code("fit", "-c", "toy.yaml")
+        finally:
+            os._exit(code)
+    record = last(here) / "metrics.csv"
+    began = time.monotonic()
+    while time.monotonic() - began < 120:
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
+        if record.is_file() and any(row["step"] > 6 for row in read_metrics(record)):
+            break
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == train.EXIT_TERMINATED
+    rows = read_metrics(record)
+    assert step_of(here) == max(row["step"] for row in rows) > 6
+    assert json.loads((last(here) / "summary.json").read_text())["status"] == "stopped"
+
+
+def test_no_command_is_given_that_cannot_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def at_start(self: ToyModule) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ToyModule, "on_train_start", at_start)
+    assert exit_code("fit", "-c", "toy.yaml") == train.EXIT_TERMINATED
+    assert "continue with" not in capsys.readouterr().out
 
 
 def test_a_forked_process_ends_as_any_other() -> None:

@@ -1,11 +1,13 @@
 """A SLURM job whose time is up: a checkpoint, back into the queue, and on with the same run."""
 
+import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from toy import same
+from toy import ToyModule, same
 from toy_runs import also, exit_code, last, write_config
 
 import train
@@ -108,6 +110,87 @@ def test_a_task_of_an_array_is_requeued_alone(job: Path, monkeypatch: pytest.Mon
     words = ["fit", "-c", "toy.yaml", "--trainer.logger", "false", up_at(1)]
     assert exit_code(*words) == train.EXIT_TERMINATED
     assert (job / "asked").read_text() == "requeue 4000_7\n"
+
+
+@pytest.mark.parametrize("stage", ["setup", "on_train_start"])
+def test_a_signal_before_the_first_batch_requeues_but_not_for_ever(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    def out_of_time(self: ToyModule, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(ToyModule, stage, out_of_time)
+    words = ["fit", "-c", "toy.yaml", "--trainer.logger", "false"]
+    before = signal.getsignal(signal.SIGUSR1)
+    for life, said in enumerate(("queued again", "not queued again (twice without a step gained")):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(life))
+        assert exit_code(*words) == train.EXIT_TERMINATED
+        assert said in capsys.readouterr().out
+    assert (job / "asked").read_text() == "requeue 4242\n"
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_after_the_last_step_changes_nothing_about_it(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def late(self: ToyModule) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(ToyModule, "on_fit_end", late)
+    words = ["fit", "-c", "toy.yaml", "--trainer.logger", "false", "--trainer.max_steps", "2"]
+    assert exit_code(*words) in {0, train.EXIT_TERMINATED}
+    assert json.loads((last(job) / "summary.json").read_text())["status"] == "finished"
+    assert "continue with" not in capsys.readouterr().out
+    assert not (job / "asked").exists()
+
+
+def test_commands_of_one_job_keep_apart(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sweep() -> set[str]:
+        for seed in ("1", "2"):
+            words = ["--trainer.logger", "false", "--trainer.max_steps", "2"]
+            assert exit_code("fit", "-c", "toy.yaml", *words, "--seed_everything", seed) == 0
+        return {path.name for path in (job / "outputs" / "toy").glob("20*")}
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    runs = sweep()
+    assert len(runs) == 2, "the second seed was trained"
+    assert sweep() == runs, "and neither is trained again"
+
+
+@pytest.mark.parametrize(("run_id", "n_runs"), [("none", 2), ("a7", 1)])
+def test_torchruns_default_id_names_no_job(
+    job: Path, monkeypatch: pytest.MonkeyPatch, run_id: str, n_runs: int
+) -> None:
+    for name in JOB:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    words = ["fit", "-c", "toy.yaml", "--trainer.logger", "false", "--trainer.max_steps", "1"]
+    for life in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", life)
+        assert exit_code(*words) == 0
+    assert len(list((job / "outputs" / "toy").glob("20*"))) == n_runs
+
+
+def test_a_job_killed_while_it_wrote_its_first_checkpoint_starts_afresh_in_its_folder(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", "-c", "toy.yaml", "--trainer.logger", "true", "--trainer.max_steps", "4"]
+    assert exit_code(*words) == 0
+    run = last(job).resolve()
+    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    checkpoint.rename(run / "checkpoints" / ".last.ckpt.part")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert exit_code(*words) == 0
+    assert last(job).resolve() == run
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    steps = [row["step"] for row in read_metrics(run / "metrics.csv") if "train/loss" in row]
+    assert steps == [1, 2, 3, 4]
+    # Damage is another matter: the user decides.
+    checkpoint.write_bytes(b"damaged")
+    assert exit_code(*words) == 1
+    assert "none of its 1 checkpoints can be read" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == b"damaged"
 
 
 def test_a_job_that_was_stopped_before_its_first_checkpoint_starts_afresh(

@@ -45,6 +45,36 @@ STRANGERS: dict[str, dict[str, Any]] = {
 }
 
 
+INCLUDED: dict[str, tuple[dict[str, Any], str]] = {
+    "text file": ({"model": "other"}, "class_path: trap.Model\n"),
+    "arguments": (
+        {"model": {"class_path": "lightning_modules.act.ActModule", "init_args": "other"}},
+        "optimizer: {class_path: trap.Model}\n",
+    ),
+    "callbacks": ({"trainer": {"callbacks": "other"}}, "[{class_path: trap.C}]\n"),
+    "a callback": ({"trainer": {"callbacks": ["other"]}}, "class_path: trap.C\n"),
+    "trainer": ({"trainer": "other"}, "callbacks: [{class_path: trap.C}]\n"),
+    "configuration": ({"config": "other"}, "model: {class_path: trap.C}\n"),
+    "lambda": (
+        {"trainer": {"callbacks": ["other"]}},
+        "{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: {setup: trap.C}}\n",
+    ),
+    "way out": (
+        {"model": "other"},
+        "class_path: callbacks.run_folder.os.abort\n",
+    ),
+}
+ORDERS = [
+    ["-c", "sent/top.yaml", "fit", "--safe"],
+    ["--config=sent/top.yaml", "fit", "--safe"],
+    ["fit", "--safe", "--model", "sent/other"],
+    ["fit", "--safe", "--data=sent/other"],
+    ["fit", "--safe=true", "-c", "sent/config.yaml"],
+    ["fit", "-csent/config.yaml", "--safe"],
+    ["-c", "sent/asks.yaml", "fit"],
+]
+
+
 @pytest.fixture
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Path]:
     """Make a run folder as a stranger would send it; its classes tell when they are imported."""
@@ -95,6 +125,64 @@ def test_an_included_file_is_checked_too(stranger: Callable[[Any], Path], tmp_pa
     (tmp_path / "sent" / "other.yaml").write_text("class_path: trap.Model\n")
     with pytest.raises(ConfigError, match=r"names 'trap\.Model'"):
         check_config(tmp_path / "sent" / "config.yaml")
+
+
+@pytest.mark.parametrize("name", ["other", "other.txt", "other.YAML"])
+@pytest.mark.parametrize("kind", INCLUDED)
+def test_no_file_that_the_parser_reads_imports_anything(
+    stranger: Callable[[Any], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    name: str,
+) -> None:
+    config, text = INCLUDED[kind]
+    file = stranger(yaml.safe_load(yaml.safe_dump(config).replace("other", name)))
+    (tmp_path / "sent" / name).write_text(text)
+    assert exit_code("fit", "--ckpt_path", str(file)) in {1, 2}
+    errors_in(capsys.readouterr().err)
+    assert not (tmp_path / "sprung").exists()
+    assert "trap" not in sys.modules
+
+
+@pytest.mark.parametrize("words", ORDERS, ids=" ".join)
+def test_safety_is_seen_wherever_it_is_asked_for(
+    stranger: Callable[[Any], Path], tmp_path: Path, words: list[str]
+) -> None:
+    strange = {**OURS, "model": {"class_path": "trap.Model"}}
+    stranger(strange)
+    sent = tmp_path / "sent"
+    (sent / "top.yaml").write_text(yaml.safe_dump({"fit": strange}))
+    (sent / "asks.yaml").write_text(yaml.safe_dump({"fit": {**strange, "safe": True}}))
+    (sent / "other").write_text("class_path: trap.Model\n")
+    assert exit_code(*words) in {1, 2}
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_project_works_safely_and_trust_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    demo = str(ROOT / "configs" / "demo.yaml")
+    assert exit_code("fit", "-c", demo, "--safe", "--print_config") == 0
+    assert "class_path: lightning_modules.act.ActModule" in capsys.readouterr().out
+    write_config(tmp_path)
+    assert exit_code("fit", "-c", "toy.yaml", "--print_config") == 0
+    assert exit_code("fit", "-c", "toy.yaml", "--safe", "--print_config") == 1
+
+
+def test_a_class_that_fails_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = "from toy import ToyData\nclass Bad(ToyData):\n    def __init__(self):\n"
+    (tmp_path / "bad_data.py").write_text(f"{source}        raise RuntimeError('no such thing')\n")
+    write_config(tmp_path)
+    assert exit_code("fit", "-c", "toy.yaml", "--data", "bad_data.Bad") == 1
+    (error,) = errors_in(capsys.readouterr().err)
+    assert "bad_data.py:4: RuntimeError: no such thing" in error
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_key_of_the_configuration_asks_for_safety_as_well(

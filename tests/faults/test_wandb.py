@@ -12,7 +12,13 @@ import psutil
 import pytest
 from lightning.pytorch import Callback, Trainer
 from toy import ToyData, ToyModule
-from wandb_server import failing_server, free_port, hanging_server
+from wandb_server import (
+    FailingLater,
+    accepting_server,
+    failing_server,
+    free_port,
+    hanging_server,
+)
 
 from callbacks.checkpoints import AtomicCheckpointIO
 from callbacks.dashboard import Dashboard
@@ -128,6 +134,40 @@ def test_a_file_in_the_way_of_w_and_b_stops_nothing(tmp_path: Path) -> None:
     assert "given up" in said[0]
     assert log.errors
     assert (tmp_path / "wandb").read_text() == "mine"
+
+
+class Fail(Callback):
+    """Have the server fail in the middle of training."""
+
+    def __init__(self, server: FailingLater, kind: str) -> None:
+        self.server = server
+        self.kind = kind
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 3:
+            assert trainer.loggers[1].address, "online until now"
+            if self.kind == "hangs":
+                self.server.hanging.set()
+            else:
+                self.server.die()
+
+
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("kind", ["hangs", "dies"])
+def test_a_server_that_fails_in_the_middle_is_told_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with accepting_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        log, said = train(tmp_path, Fail(server, kind))
+    assert len(said) == 1, said
+    assert "upload not finished; wandb sync " in said[0]
+    folder = Path(said[0].rpartition(" ")[2])
+    assert list(folder.glob("*.wandb")), "what was not sent is there"
+    assert log.errors == 1
 
 
 class KillCore(Callback):

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 import train
+from callbacks.schedule import Diagnostic
+from policies.interface import Findings
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG: dict[str, Any] = {
@@ -31,6 +34,29 @@ CONFIG: dict[str, Any] = {
         "callbacks": [{"class_path": "toy.Shout"}],
     },
 }
+
+
+class Large(Diagnostic):
+    """Writes more than a small disk takes."""
+
+    def __init__(self, n_bytes: int) -> None:
+        super().__init__()
+        self.n_bytes = n_bytes
+
+    def diagnose(self, trainer: Trainer, module: LightningModule, folder: Path) -> Findings:
+        (folder / "large.bin").write_bytes(bytes(self.n_bytes))
+        return Findings(scalars={"large/bytes": float(self.n_bytes)})
+
+
+class KillAt(Callback):
+    """Ends this process in the middle of the batch after some steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_config(folder: Path, **trainer: Any) -> Path:
