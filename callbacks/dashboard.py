@@ -30,8 +30,6 @@ ROW_KINDS = ("scalars", "images", "videos", TABLES, "histograms")
 MAX_ROWS = 10_000
 """Rows of a table that W&B shows (``wandb.Table.MAX_ROWS``)."""
 ERROR_FILE = "diagnostic_errors.log"
-LONGEST_DIAGNOSTIC = timedelta(days=30)
-"""How long processes wait for the one that runs diagnostics; one that died is noticed at once."""
 MAX_BINS = 512
 """Bins of a histogram that W&B takes (``wandb.Histogram.MAX_LENGTH``)."""
 FILE_KEY = re.compile(r"(?=.{1,100}$)[\w-]+(/[\w-]+)*", re.ASCII)
@@ -64,9 +62,16 @@ class Dashboard(Callback):
 
     Numbers also become callback metrics, so that checkpoints and early stopping can monitor them.
     Of several processes only the first writes and logs; all know the same numbers.
+
+    Args:
+        patience_h: How long the other processes wait for a diagnostic of the first before they
+            give up, in h. One that died is as a rule noticed at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_h: float = 6.0) -> None:
+        if patience_h <= 0:
+            raise ValueError(f"patience_h {patience_h}: must be above 0")
+        self.patience_h = patience_h
         self.latest: dict[str, float] = {}
         """Last value of every number that diagnostics found."""
         self.failed: list[str] = []
@@ -117,10 +122,11 @@ class Dashboard(Callback):
             logger.follow(trainer, 0)
         if trainer.world_size > 1:
             # Waiting for a diagnostic takes longer than an exchange of gradients may.
-            self._waiting_group = dist.new_group(backend="gloo", timeout=LONGEST_DIAGNOSTIC)
+            patience = timedelta(hours=self.patience_h)
+            self._waiting_group = dist.new_group(backend="gloo", timeout=patience)
 
     def from_first[Kind](self, trainer: Trainer, value: Kind) -> Kind:
-        """Return the first process's value in all processes, however long it takes to come."""
+        """Return the first process's value in all processes, as late as ``patience_h`` allows."""
         if trainer.world_size == 1:
             return value
         carried: list[Any] = [value]

@@ -5,8 +5,9 @@ from typing import Any, override
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
+
+from callbacks.exact_resume import refuse_spread_weights
 
 
 class EMA(WeightAveraging):
@@ -60,11 +61,7 @@ class EMA(WeightAveraging):
         Raises:
             ValueError: If no process holds all of them.
         """
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise ValueError(
-                f"EMA needs all weights in each process, and {type(trainer.strategy).__name__} "
-                "spreads them: leave EMA out, or use the strategy ddp"
-            )
+        refuse_spread_weights(trainer, "EMA")
         if stage == "fit":
             # A second fit in one process goes on with the weights, not with their average.
             self._show_weights(pl_module)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from policies.checkpoint_files import CheckpointError
 
@@ -263,6 +264,11 @@ def refuse_sharded(trainer: Trainer) -> None:
     Raises:
         ValueError: If it saves in parts: ``--ckpt_path``, analyses and exports need one file.
     """
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ValueError(
+            "DeepSpeedStrategy saves a folder, and a checkpoint is one file here; use the strategy "
+            "ddp"
+        )
     if getattr(trainer.strategy, "_state_dict_type", "full") == "sharded" or getattr(
         trainer.strategy, "_save_distributed_checkpoint", False
     ):
@@ -270,6 +276,24 @@ def refuse_sharded(trainer: Trainer) -> None:
             f"{type(trainer.strategy).__name__} saves a checkpoint in parts; set its "
             "state_dict_type to full (FSDPStrategy), or save_distributed_checkpoint to false "
             "(ModelParallelStrategy)"
+        )
+
+
+def refuse_spread_weights(trainer: Trainer, what: str) -> None:
+    """Refuse a strategy under which no process holds the whole policy.
+
+    Args:
+        trainer: The trainer.
+        what: The callback that needs all weights, as the user knows it.
+
+    Raises:
+        ValueError: If the weights are spread: asking for them in one process alone would wait for
+            the others without end.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"{what} needs all weights in one process, and {type(trainer.strategy).__name__} "
+            f"spreads them: leave {what} out of trainer.callbacks, or use the strategy ddp"
         )
 
 

@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.dashboard import Dashboard, check_findings, note_failure
-from callbacks.exact_resume import random_state, restore_random_state
+from callbacks.exact_resume import random_state, refuse_spread_weights, restore_random_state
+from callbacks.interruption import StopOnSignal
 from policies.interface import Findings
 
 
@@ -101,11 +102,13 @@ class Diagnostic(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a name that another diagnostic has.
+        """Refuse weights that no process has whole, and a name that another diagnostic has.
 
         Raises:
-            ValueError: If they would share a folder and the keys of their times.
+            ValueError: If the strategy spreads the weights, as FSDP does, or if two would share a
+                folder and the keys of their times.
         """
+        refuse_spread_weights(trainer, type(self).__name__)
         for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(other, Diagnostic) and other is not self and other.name == self.name:
                 raise ValueError(
@@ -144,6 +147,11 @@ class Diagnostic(Callback):
 
     def _run(self, trainer: Trainer, module: LightningModule, may_skip: bool = False) -> None:
         dashboard = Dashboard.of(trainer)
+        if trainer.world_size > 1 and trainer.state.fn == "fit":
+            # A signal may have come to any of them during the diagnostic before this one.
+            for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(callback, StopOnSignal):
+                    callback.agree(trainer)
         outcome = None
         if trainer.is_global_zero:
             outcome = self._attempt(trainer, module, dashboard, may_skip)

@@ -17,6 +17,7 @@ from lightning_modules.augmentation import (
 from lightning_modules.data_schema import refuse_other_data, store_schema
 from lightning_modules.metrics import (
     ChunkL1,
+    Mean,
     baseline_l1,
     chunk_l1_scalars,
     epoch_weight,
@@ -104,6 +105,8 @@ class ActModule(LightningModule):
         self.train_reconstruction = ChunkL1(chunk_size)
         self.val_reconstruction = ChunkL1(chunk_size)
         self.val_prediction = ChunkL1(chunk_size)
+        self.val_l1 = Mean()
+        self.val_kl = Mean()
 
     @property
     def view(self) -> ACTPolicy:
@@ -173,18 +176,21 @@ class ActModule(LightningModule):
         predicted = self.policy.predict_chunk(batch.observation)
         self.val_reconstruction.update(loss.prediction, batch.actions, batch.action_is_pad)
         self.val_prediction.update(predicted, batch.actions, batch.action_is_pad)
+        self.val_l1.update(loss.l1, (~batch.action_is_pad).sum())
+        self.val_kl.update(loss.kl, len(batch))
         mean_action = self.trainer.datamodule.statistics.action.mean  # type: ignore[attr-defined]
-        values = {
-            "val/loss": loss.total,
-            "val/l1": loss.l1,
-            "val/kl_nats": loss.kl,
-            **baseline_l1(batch.actions[:, 0], batch.observation.state, mean_action, self.unit),
-        }
+        state = batch.observation.state
+        values = baseline_l1(batch.actions[:, 0], state, mean_action, self.unit)
         weight = epoch_weight(self, len(batch))
         self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=weight)
 
     def on_validation_epoch_end(self) -> None:
-        """Log errors in data units, per chunk step."""
+        """Log the loss over all samples, and errors in data units, per chunk step."""
+        l1, kl = self.val_l1.compute(), self.val_kl.compute()
+        losses = {"val/loss": l1 + self.kl_weight * kl, "val/l1": l1, "val/kl_nats": kl}
+        self.log_dict({name: value.float() for name, value in losses.items()}, sync_dist=True)
+        self.val_l1.reset()
+        self.val_kl.reset()
         self._log_chunk_l1("val/reconstruction_l1", self.val_reconstruction)
         per_step = self._log_chunk_l1("val/l1", self.val_prediction)
         name = f"val/first_action_l1_{self.unit}"

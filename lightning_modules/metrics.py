@@ -40,6 +40,30 @@ class ChunkL1(Metric):
         return self.total / self.count, self.total.sum() / self.count.sum()
 
 
+class Mean(Metric):
+    """Mean of what batches say, each weighted by how much of it there was."""
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        zero = torch.zeros((), dtype=torch.float64)
+        self.add_state("total", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("weight", zero.clone(), dist_reduce_fx="sum")
+
+    def update(self, value: Float[Tensor, ""], weight: int | Tensor) -> None:
+        """Add the mean of a batch."""
+        # Not in place: inference mode may have made the sums.
+        self.total = self.total + value.detach().double() * weight
+        self.weight = self.weight + weight
+
+    def compute(self) -> Float[Tensor, ""]:
+        """Mean over all batches and processes; NaN when all weights were 0."""
+        return self.total / self.weight
+
+
 def mean_over_processes(
     module: LightningModule, scalars: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:

@@ -150,7 +150,7 @@ class SAEModule(LightningModule):
         loss = self.sae.loss(batch, is_dead, progress)
         fired = loss.fired
         if self.trainer.world_size > 1:
-            fired = self.all_gather(fired.to(torch.uint8)).any(0)  # pyright: ignore
+            fired = self.all_gather(fired.to(torch.uint8)).any(0).bool()  # pyright: ignore
         n_vectors = len(batch) * self.trainer.world_size
         self.silent_for = torch.where(fired, 0, self.silent_for + n_vectors)
         every = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]

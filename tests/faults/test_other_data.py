@@ -1,31 +1,52 @@
 """A checkpoint meets other cameras or dimensions than it was made for: refused, all are named."""
 
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 from lightning.pytorch import Trainer
 
 from callbacks.checkpoints import AtomicCheckpointIO
+from datamodules.hdf5 import HDF5DataModule
 from lightning_modules.act import ActModule
-from policies.checkpoint_files import read_checkpoint
-from policies.interface import DataSchema
 
-pytestmark = pytest.mark.fault(15)
+pytestmark = [pytest.mark.fault(15), pytest.mark.filterwarnings("ignore::UserWarning")]
 
-SCHEMA = DataSchema(
-    cameras={"top": (16, 16), "wrist": (16, 16)}, state_dim=2, action_dim=2, environment_state_dim=0
-)
+CHUNK = 3
+MADE_FOR: dict[str, Any] = {
+    "cameras": {"top": (16, 16), "wrist": (16, 16)},
+    "state_dim": 2,
+    "action_dim": 2,
+}
 
 
-def module(schema: DataSchema) -> ActModule:
+def demonstrations(
+    file: Path, cameras: dict[str, tuple[int, int]], state_dim: int, action_dim: int
+) -> HDF5DataModule:
+    """Write demonstrations and open them."""
+    random = np.random.default_rng(0)
+    with h5py.File(file, "w") as demos:
+        demos.attrs["num_demos"] = 2
+        for number in range(2):
+            group = demos.create_group(f"demo_{number}")
+            for name, (height, width) in cameras.items():
+                pictures = random.integers(0, 256, (6, height, width, 3), np.uint8)
+                group[f"observations/images/{name}"] = pictures
+            group["observations/qpos"] = random.normal(size=(6, state_dim)).astype(np.float32)
+            group["actions"] = random.normal(size=(6, action_dim)).astype(np.float32)
+    return HDF5DataModule(
+        path=str(file), batch_size=4, chunk_size=CHUNK, val_fraction=0.5, progress=False
+    )
+
+
+def module(data: HDF5DataModule) -> ActModule:
     return ActModule(
-        cameras={name: list(size) for name, size in schema.cameras.items()},
-        state_dim=schema.state_dim,
-        action_dim=schema.action_dim,
-        chunk_size=3,
+        cameras=data.cameras,
+        state_dim=data.state_dim,
+        action_dim=data.action_dim,
+        chunk_size=data.chunk_size,
         dim_model=16,
         n_heads=2,
         dim_feedforward=16,
@@ -37,30 +58,38 @@ def module(schema: DataSchema) -> ActModule:
     )
 
 
-def saved(file: Path) -> dict[str, Any]:
-    """A checkpoint that was written for the schema, read again."""
-    made = module(SCHEMA)
-    # The normaliser is not fitted, and what is not finite would not be saved.
-    checkpoint: dict[str, Any] = {"state_dict": {}}
-    made.on_save_checkpoint(checkpoint)
-    AtomicCheckpointIO().save_checkpoint(checkpoint, file)
-    return read_checkpoint(file)
+def trainer(folder: Path, steps: int) -> Trainer:
+    return Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_steps=steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        plugins=[AtomicCheckpointIO()],
+    )
 
 
-def load(checkpoint: dict[str, Any], schema: DataSchema) -> None:
-    """Load it beside other data."""
-    other: Any = module(schema)
-    other._trainer = object.__new__(Trainer)
-    other._trainer.datamodule = SimpleNamespace(data_schema=schema)
-    other.on_load_checkpoint(checkpoint)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a run on the data that it is made for."""
+    folder = tmp_path_factory.mktemp("made")
+    data = demonstrations(folder / "demos.hdf5", **MADE_FOR)
+    run = trainer(folder, 1)
+    run.fit(module(data), data)
+    run.save_checkpoint(folder / "policy.ckpt")
+    return folder / "policy.ckpt"
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"cameras": {"top": (24, 24), "wrist": (16, 16)}}, r"16.* != .*24"),
-        ({"cameras": {"front": (16, 16), "wrist": (16, 16)}}, r"top.* != .*front"),
-        ({"cameras": {"top": (16, 16)}}, r"wrist"),
+        ({"cameras": {"top": (24, 24), "wrist": (16, 16)}}, r"cameras.*16.* != .*24"),
+        ({"cameras": {"front": (16, 16), "wrist": (16, 16)}}, r"cameras.*top.* != .*front"),
+        ({"cameras": {"top": (16, 16)}}, r"cameras.*wrist"),
         ({"state_dim": 7}, r"state_dim.*2 != 7"),
         ({"action_dim": 7}, r"action_dim.*2 != 7"),
         ({"state_dim": 3, "action_dim": 7}, r"state_dim.*2 != 3.*action_dim.*2 != 7"),
@@ -68,15 +97,20 @@ def load(checkpoint: dict[str, Any], schema: DataSchema) -> None:
     ids=["size", "name", "missing camera", "state", "action", "both"],
 )
 def test_other_data_are_refused_and_every_difference_is_named(
-    tmp_path: Path, changes: dict[str, Any], named: str
+    saved: Path, tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
-    checkpoint = saved(tmp_path / "policy.ckpt")
-    before = (tmp_path / "policy.ckpt").read_bytes()
+    before = saved.read_bytes()
+    other = demonstrations(tmp_path / "other.hdf5", **{**MADE_FOR, **changes})
+    run = trainer(tmp_path, 2)
     with pytest.raises(ValueError, match=named) as refused:
-        load(checkpoint, replace(SCHEMA, **changes))
+        run.fit(module(other), other, ckpt_path=str(saved), weights_only=True)
     assert "Use the data set it was trained on" in str(refused.value)
-    assert (tmp_path / "policy.ckpt").read_bytes() == before
+    assert run.global_step == 0
+    assert saved.read_bytes() == before
 
 
-def test_the_same_data_are_taken(tmp_path: Path) -> None:
-    load(saved(tmp_path / "policy.ckpt"), SCHEMA)
+def test_the_same_data_are_taken(saved: Path, tmp_path: Path) -> None:
+    same = demonstrations(tmp_path / "demos.hdf5", **MADE_FOR)
+    run = trainer(tmp_path, 2)
+    run.fit(module(same), same, ckpt_path=str(saved), weights_only=True)
+    assert run.global_step == 2

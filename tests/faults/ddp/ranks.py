@@ -66,9 +66,9 @@ def together(work: Work, folder: Path, world_size: int = 2, timeout_s: float = 1
     return Ended(exit_codes, results, errors)
 
 
-def all_of(work: Work, folder: Path, world_size: int = 2) -> list[Any]:
+def all_of(work: Work, folder: Path, world_size: int = 2, timeout_s: float = 120) -> list[Any]:
     """Return what every process returned; none may fail."""
-    ended = together(work, folder, world_size)
+    ended = together(work, folder, world_size, timeout_s)
     assert ended.errors == [""] * world_size, "\n".join(ended.errors)
     assert ended.exit_codes == [0] * world_size
     return ended.results

@@ -10,19 +10,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
 from ranks import Rows, all_of
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from toy import ToyModule
+from toy import Shout, ToyModule, same
 
 from autoencoders.sae import ARCHITECTURES, SparseAutoencoder, build_autoencoder
 from callbacks.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from callbacks.dashboard import Dashboard
 from callbacks.ema import EMA
 from callbacks.exact_resume import ExactResume
+from callbacks.non_finite import NonFiniteStop
 from policies.act import ACTPolicy
 from policies.checkpoint_files import read_checkpoint
 from policies.interface import Batch, Observation
@@ -155,11 +162,89 @@ def trainer(folder: Path, strategy: Any, **settings: Any) -> Trainer:
     )
 
 
+class Sharded(ToyModule):
+    """Spreads its weights as FSDP2 wants it done."""
+
+    def configure_model(self) -> None:
+        if not any(isinstance(weight, DTensor) for weight in self.parameters()):
+            mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+            for layer in (self.net[0], self.net[3], self.net):
+                fully_shard(layer, mesh=mesh)
+
+
+class Look(Shout):
+    """A diagnostic that asks the policy for something, as all real ones do."""
+
+    def diagnose(self, trainer: Any, module: Any, folder: Path) -> Any:
+        module.net(torch.zeros(2, 3))
+        return super().diagnose(trainer, module, folder)
+
+
+def spread(folder: Path, steps: int, *callbacks: Any, newest: Path | None = None) -> Any:
+    """Train a toy with FSDP2, by Lightning's strategy for it."""
+    seed_everything(3, verbose=False)
+    strategy = ModelParallelStrategy(
+        save_distributed_checkpoint=False, process_group_backend="gloo"
+    )
+    run = trainer(
+        folder,
+        strategy,
+        devices=2,
+        max_steps=steps,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        callbacks=[*callbacks, ExactResume(), NonFiniteStop(), LastCheckpoint()],
+    )
+    path = None if newest is None else str(newest)
+    run.fit(Sharded(3, 2), datamodule=Rows(), ckpt_path=path, weights_only=True)
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def spread_runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    def refusal(folder: Path, *callbacks: Any) -> str:
+        with pytest.raises(ValueError, match="needs all weights") as refused:
+            spread(folder, 4, *callbacks)
+        return str(refused.value)
+
+    def work(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+        whole = spread(folder / "whole", 6)
+        stopped = spread(folder / "run", 4)
+        last = folder / "run" / "checkpoints" / "last.ckpt"
+        return {
+            "whole": whole["state_dict"],
+            "stopped": stopped["state_dict"],
+            "resumed": spread(folder / "run", 6, newest=last)["state_dict"],
+            "diagnostic": refusal(folder / "look", Look(), Dashboard()),
+            "average": refusal(folder / "average", EMA()),
+        }
+
+    return all_of(work, tmp_path_factory.mktemp("spread"))
+
+
+def test_a_run_with_spread_weights_saves_them_whole_and_goes_on(spread_runs: Any) -> None:
+    expected = {name: value.shape for name, value in ToyModule(3, 2).state_dict().items()}
+    for run in spread_runs:
+        saved = {name: value.shape for name, value in run["whole"].items()}
+        assert saved == expected
+        assert same(run["resumed"], run["whole"]) == []
+        assert same(run["stopped"], run["whole"]) != []
+
+
+def test_what_needs_all_weights_in_one_process_is_refused_before_it_waits(spread_runs: Any) -> None:
+    for run in spread_runs:
+        assert "leave Look out of trainer.callbacks, or use the strategy ddp" in run["diagnostic"]
+        assert "leave EMA out of trainer.callbacks, or use the strategy ddp" in run["average"]
+
+
 class Stand:
-    """A trainer as far as callbacks look before a run; FSDP itself needs a GPU."""
+    """A trainer as far as callbacks look before a run."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        self.callbacks: list[Any] = []
 
 
 @pytest.mark.parametrize(
@@ -167,7 +252,10 @@ class Stand:
     [
         (lambda: FSDPStrategy(state_dict_type="sharded"), "state_dict_type to full"),
         (lambda: ModelParallelStrategy(), "save_distributed_checkpoint to false"),
+        # Its package is not installed, and without it there is no way to make one.
+        (lambda: object.__new__(DeepSpeedStrategy), "use the strategy ddp"),
     ],
+    ids=["FSDP", "FSDP2", "DeepSpeed"],
 )
 def test_a_checkpoint_in_parts_is_refused_before_training(strategy: Any, mend: str) -> None:
     trainer: Any = Stand(strategy())
@@ -177,10 +265,11 @@ def test_a_checkpoint_in_parts_is_refused_before_training(strategy: Any, mend: s
     ExactResume().setup(trainer, ToyModule(3, 2), "fit")
 
 
-def test_an_average_of_spread_weights_is_refused() -> None:
+@pytest.mark.parametrize("callback", [EMA, Shout])
+def test_fsdp_with_what_needs_all_weights_is_refused(callback: Any) -> None:
     trainer: Any = Stand(FSDPStrategy())
-    with pytest.raises(ValueError, match="leave EMA out, or use the strategy ddp"):
-        EMA().setup(trainer, ToyModule(3, 2), "fit")
+    with pytest.raises(ValueError, match=r"or use the strategy ddp"):
+        callback().setup(trainer, ToyModule(3, 2), "fit")
 
 
 @pytest.mark.gpu

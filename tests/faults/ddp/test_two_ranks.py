@@ -96,20 +96,22 @@ class Double(ActModule):
         return replace(batch, actions=batch.actions.double(), observation=observation)
 
 
-def act(file: Path, folder: Path, world_size: int, use_latent: bool) -> dict[str, Any]:
-    """Train ACT in float64; without a posterior there is no noise."""
-    seed_everything(0, verbose=False)
-    data = HDF5DataModule(
+def act_data(file: Path, world_size: int, dropped: int = CHUNK - 1) -> HDF5DataModule:
+    """Samples without padding: each process weighs the valid steps of its own share alike."""
+    return HDF5DataModule(
         path=str(file),
         batch_size=JOINED // world_size,
         val_batch_size=8 // world_size,
         chunk_size=CHUNK,
-        # Every process weighs the valid steps of its own share alike: here all are valid.
-        drop_n_last_frames=CHUNK - 1,
+        drop_n_last_frames=dropped,
         val_fraction=0.5,
         progress=False,
     )
-    module = Double(
+
+
+def act_module(data: HDF5DataModule, use_latent: bool) -> Double:
+    """ACT in float64; without a posterior there is no noise."""
+    return Double(
         cameras=data.cameras,
         state_dim=data.state_dim,
         action_dim=data.action_dim,
@@ -117,8 +119,13 @@ def act(file: Path, folder: Path, world_size: int, use_latent: bool) -> dict[str
         use_latent=use_latent,
         lr=1e-3,
         **SMALL,
-    )
-    module.double()
+    ).double()
+
+
+def act(file: Path, folder: Path, world_size: int, use_latent: bool) -> dict[str, Any]:
+    seed_everything(0, verbose=False)
+    data = act_data(file, world_size)
+    module = act_module(data, use_latent)
     samples = Samples()
     run = trainer(
         folder,
@@ -129,17 +136,43 @@ def act(file: Path, folder: Path, world_size: int, use_latent: bool) -> dict[str
         val_check_interval=3,
     )
     run.fit(module, datamodule=data)
+    metrics = numbers(run.callback_metrics)
     predicted = run.predict(module, datamodule=data)
     assert predicted is not None
+    shout = Shout()
+    padded = trainer(folder, shout, Dashboard())
+    padded.validate(module, datamodule=act_data(file, world_size, dropped=0), verbose=False)
     return {
         "weights": weights(module),
-        "metrics": numbers(run.callback_metrics),
+        "metrics": metrics,
+        "padded metrics": numbers(padded.callback_metrics),
+        "shouted": shout.steps,
         "trained": samples.trained,
         "validated": samples.validated,
         "drawn": samples.drawn,
         "n_predicted": sum(len(part) for part in predicted),
         "n_val": len(data.val_dataset or ()),
     }
+
+
+def resumed_act(file: Path, folder: Path, world_size: int) -> list[np.ndarray]:
+    """Stop after four of six steps and go on; returns the weights."""
+    last = None
+    for steps in (4, 6):
+        seed_everything(0, verbose=False)
+        data = act_data(file, world_size)
+        module = act_module(data, use_latent=True)
+        run = trainer(
+            folder,
+            ExactResume(),
+            LastCheckpoint(),
+            enable_checkpointing=True,
+            max_steps=steps,
+            val_check_interval=3,
+        )
+        run.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+        last = str(folder / "checkpoints" / "last.ckpt")
+    return weights(module)
 
 
 class Vectors(LightningDataModule):
@@ -238,6 +271,7 @@ def runs(file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list
         return {
             "act": act(file, folder / "act", world_size, use_latent=False),
             "vae": act(file, folder / "vae", world_size, use_latent=True),
+            "resumed vae": resumed_act(file, folder / "resumed", world_size),
             "sae": sae(folder / "sae", equal_share=1.0),
             "shared budget": sae(folder / "shared", equal_share=0.0),
         }
@@ -280,10 +314,39 @@ def test_validation_and_prediction_see_every_sample_once(runs: Any) -> None:
 def test_metrics_of_two_processes_are_those_of_one(runs: Any, name: str) -> None:
     (alone,), pair = runs[1], runs[2]
     ours = {key: value for key, value in alone[name]["metrics"].items() if "grad_norm" not in key}
-    # The loss is a mean of batches, each over its valid steps, and batches are others.
-    ours = {key: value for key, value in ours.items() if key not in {"val/loss", "val/l1"}}
+    assert len(ours) > 10
+    assert {"act": "val/l1", "sae": "val/fvu"}[name] in ours
     for run in pair:
         assert {key: run[name]["metrics"][key] for key in ours} == pytest.approx(ours, rel=1e-6)
+
+
+def test_validation_alone_weighs_every_valid_step_alike(runs: Any) -> None:
+    """Episodes end within chunks here, and each process has batches and padding of its own."""
+    (alone,), pair = runs[1], runs[2]
+    ours = {
+        key: value
+        for key, value in alone["act"]["padded metrics"].items()
+        if key.startswith(("val/", "baseline/"))
+    }
+    assert {"val/loss", "val/l1", "val/kl_nats", "val/l1_px"} <= ours.keys()
+    for run in pair:
+        found = run["act"]["padded metrics"]
+        assert {key: found[key] for key in ours} == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.fault(18)
+def test_a_diagnostic_of_a_validation_alone_runs_in_the_first_process(runs: Any) -> None:
+    first, second = (run["act"] for run in runs[2])
+    assert (first["shouted"], second["shouted"]) == ([0], [])
+    assert first["padded metrics"]["shout/loudness"] == 0
+    assert first["padded metrics"].keys() == second["padded metrics"].keys()
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_on_a_file_goes_on_with_the_same_bits(runs: Any, world_size: int) -> None:
+    for run in runs[world_size]:
+        assert furthest(run["resumed vae"], run["vae"]["weights"]) == 0
 
 
 def test_noise_differs_between_processes_and_nothing_is_left_unused(runs: Any) -> None:
