@@ -10,9 +10,12 @@ from typing import Any
 from commands.rollout import RESULT_FILE, Shard, print_table
 from envs.rollout import RolloutResult, joined
 from policies.atomic_files import write_atomically
+from policies.json_files import read_json
 
-SAME = ("policy", "variant", "n_action_steps", "temporal_ensemble_coeff", "first_seed")
-"""What all shards have in common."""
+SAME = ("variant", "n_action_steps", "temporal_ensemble_coeff", "first_seed")
+"""What a row has in common in all shards."""
+SAME_IN_ALL = ("n_episodes", "n_parallel", "policy_hash", "task")
+"""What shards themselves have in common; a policy may lie elsewhere on another machine."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{folder / RESULT_FILE} is there already: choose another --output_dir")
     rows = merge([Path(shard) for shard in arguments.shards])
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"complete": True, "shard": str(Shard()), "rows": rows}
+    first = read_json(Path(arguments.shards[0]) / RESULT_FILE)
+    document = {
+        "complete": True,
+        "shard": str(Shard()),
+        **{name: first[name] for name in SAME_IN_ALL},
+        "rows": rows,
+    }
     write_atomically(folder / RESULT_FILE, json.dumps(document, indent=1) + "\n")
     console = Console()
     print_table(console, rows)
@@ -62,11 +71,12 @@ def merge(folders: Sequence[Path]) -> list[dict[str, Any]]:
     if names != [str(Shard(number, n_shards)) for number in range(1, n_shards + 1)]:
         raise ValueError(f"--shards: these are {names}; give all of one rollout, each once")
     for part in found[1:]:
-        if part.settings != found[0].settings:
-            raise ValueError(
-                f"{part.file}: its rows are not those of {found[0].file}: a policy, a way of "
-                "acting, a seed or n_parallel differs; give the shards of one rollout"
-            )
+        for name, value in part.settings.items():
+            if value != found[0].settings[name]:
+                raise ValueError(
+                    f"{part.file}: {name} is {value!r}, that of {found[0].file} is "
+                    f"{found[0].settings[name]!r}; give the shards of one rollout"
+                )
     return [_merged(found, place) for place in range(len(found[0].rows))]
 
 
@@ -74,40 +84,62 @@ def merge(folders: Sequence[Path]) -> list[dict[str, Any]]:
 class _Part:
     file: Path
     shard: Shard
-    n_parallel: int
+    settings: dict[str, Any]
+    """Name to what must be the same in all."""
     rows: list[dict[str, Any]]
-
-    @property
-    def settings(self) -> list[Any]:
-        return [self.n_parallel, *([row.get(name) for name in SAME] for row in self.rows)]
+    results: list[RolloutResult]
+    """Of each row."""
 
 
 def _read(folder: Path) -> _Part:
     file = folder / RESULT_FILE
+    document = read_json(file)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        part = _Part(
-            file, Shard.parse(document["shard"]), document["n_parallel"], list(document["rows"])
-        )
+        shard = Shard.parse(document["shard"])
+        rows = list(document["rows"])
+        settings = {name: document[name] for name in SAME_IN_ALL}
+        settings["rows"] = [[row[name] for name in SAME] for row in rows]
+        results = [RolloutResult.from_dict(row) for row in rows]
+        for row, result in zip(rows, results, strict=True):
+            # Numbers that are none would be found out only when they are joined.
+            result.summary()
+            if not isinstance(row["policy"], str) or not row["wall_s"] >= 0:
+                raise ValueError(f"policy {row['policy']!r}, wall_s {row['wall_s']!r}")
+            range(row["first_seed"], row["first_seed"] + document["n_episodes"])
+            Path(row["video"] or "")
         complete = document["complete"]
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{file}: is no result of analyze.py rollout --shard ({error})") from error
-    if not complete:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ZeroDivisionError,
+        argparse.ArgumentTypeError,
+    ) as error:
+        raise ValueError(
+            f"{file}: is no result of analyze.py rollout --shard ({error!r}); play the shard again"
+        ) from error
+    if not complete or not rows:
         raise ValueError(f"{file}: that rollout has not finished; play the shard again")
-    return part
+    return _Part(file, shard, settings, rows, results)
 
 
 def _merged(found: Sequence[_Part], place: int) -> dict[str, Any]:
-    results = []
-    for part in found:
-        try:
-            results.append(RolloutResult.from_dict(part.rows[place]))
-        except ValueError as error:
-            raise ValueError(f"{part.file}: {error}; play the shard again") from error
+    whole = joined([part.results[place] for part in found])
     rows = [part.rows[place] for part in found]
+    first = rows[0]["first_seed"]
+    expected = range(first, first + found[0].settings["n_episodes"])
+    if [episode.seed for episode in whole.episodes] != [*expected]:
+        seeds = {episode.seed for episode in whole.episodes}
+        missing = sorted({*expected} - seeds)
+        raise ValueError(
+            f"--shards: together they are not the episodes of seeds {expected.start} to "
+            f"{expected.stop - 1} in order; missing {missing[:8]}, not of it "
+            f"{sorted(seeds - {*expected})[:8]}; give all shards of one rollout, each once"
+        )
     return {
+        "policy": rows[0]["policy"],
         **{name: rows[0][name] for name in SAME},
         "wall_s": sum(row["wall_s"] for row in rows),
         "videos": [
@@ -115,5 +147,5 @@ def _merged(found: Sequence[_Part], place: int) -> dict[str, Any]:
             for part, row in zip(found, rows, strict=True)
             if row["video"]
         ],
-        **joined(results).to_dict(),
+        **whole.to_dict(),
     }

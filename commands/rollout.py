@@ -2,7 +2,8 @@
 
 Episodes play in groups of ``--n_parallel``. A group is a piece of work: for this process, for one
 of ``--n_workers`` processes, or for another machine that was given another ``--shard``. Which
-groups there are does not depend on who plays them, and so neither does the result.
+groups there are does not depend on who plays them, and so neither does the result, as long as all
+compute with one thread, as workers do.
 """
 
 import argparse
@@ -145,7 +146,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="processes of one thread that play groups of --n_parallel episodes; the result does "
-        "not depend on how many (default: none, this process plays)",
+        "not depend on how many (default: none, this process plays; to the bit the same when it "
+        "has one thread, too: OMP_NUM_THREADS=1)",
     )
     parser.add_argument(
         "--engine",
@@ -171,6 +173,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    from datamodules.activations import policy_hash
+
     folder = Path(arguments.output_dir)
     if (folder / RESULT_FILE).exists():
         raise ValueError(f"{folder / RESULT_FILE} is there already: choose another --output_dir")
@@ -193,6 +197,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--task {arguments.task}: {error}, or name the policy's own task"
         ) from error
+    identity = policy_hash(policy.view)
     plans = variants(policy, arguments.n_action_steps, arguments.temporal_ensemble_coeff)
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -231,6 +236,9 @@ def run(arguments: argparse.Namespace) -> int:
         document = {
             "complete": number + 1 == len(plans),
             "shard": str(arguments.shard),
+            "n_episodes": arguments.n_episodes,
+            "policy_hash": identity,
+            "task": arguments.task,
             "n_parallel": arguments.n_parallel,
             "rows": rows,
         }

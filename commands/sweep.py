@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Search, and write table, picture and best configuration.
 
     Returns:
-        0; 1 when no trial has a value.
+        0; 1 when no trial has a value; 130 or 143 when it was stopped by Ctrl-C or SIGTERM.
 
     Raises:
         ValueError: For anything wrong with the file, the folder or an engine.
@@ -89,16 +89,24 @@ def run(arguments: argparse.Namespace) -> int:
             from commands.sweep_optuna import search
 
             found = search(sweep, folder, n_trials)
-    except TrialInterrupted as stopped:
-        print(stopped)
-        return 128 + signal.SIGTERM
+    except (TrialInterrupted, _Stopped, KeyboardInterrupt) as stopped:
+        # Ctrl-C reaches the trial's run, too, which may end first.
+        status = getattr(stopped, "exit_status", 128 + signal.SIGINT)
+        print(f"{str(stopped) or 'the sweep was stopped'}; the same command goes on")
+        return status
     finally:
         signal.signal(signal.SIGTERM, before)
     return finish(sweep, folder, found, Path(arguments.config).stem)
 
 
+class _Stopped(BaseException):
+    """SIGTERM, which like Ctrl-C is nobody's error to catch."""
+
+    exit_status = 128 + signal.SIGTERM
+
+
 def _stop(signal_number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signal_number)
+    raise _Stopped
 
 
 def finish(sweep: Sweep, folder: Path, found: Sequence, title: str) -> int:

@@ -3,10 +3,12 @@
 Every engine reads the same file; names of parameters are keys of ``train.py``.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +17,8 @@ import yaml
 Direction = Literal["minimize", "maximize"]
 Plain = bool | int | float | str | None
 MAX_BYTES = 1 << 20
+MAX_STEPS = 1000
+"""Values of a range with a step."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ class Range:
     def is_whole(self) -> bool:
         """Whether it takes whole numbers only."""
         return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """All its values, counted from ``low``; empty without a step."""
+        if self.step is None:
+            return ()
+        # In decimals: three steps of 0.1 are 0.3.
+        low, high, step = (Decimal(str(each)) for each in (self.low, self.high, self.step))
+        kind = int if self.is_whole else float
+        return tuple(kind(low + place * step) for place in range(int((high - low) / step) + 1))
 
 
 @dataclass(frozen=True)
@@ -71,17 +85,48 @@ class Sweep:
     """More words of ``train.py``, from the command line."""
 
     def train_words(self, values: Mapping[str, Any]) -> list[str]:
-        """Words of ``train.py`` for one trial, without where it lives."""
+        """Words of ``train.py`` for one trial, without where it lives; what is varied comes last.
+
+        A configuration that is read later would win over it.
+        """
         words = ["fit", *(word for config in self.configs for word in ("-c", config))]
-        words += [f"--{key}={as_word(value)}" for key, value in {**self.fixed, **values}.items()]
-        return [*words, *self.words]
+        words += [f"--{key}={as_word(value)}" for key, value in self.fixed.items()]
+        words += self.words
+        return [*words, *(f"--{key}={as_word(value)}" for key, value in values.items())]
 
     def facts(self) -> dict[str, Any]:
-        """Everything that makes trials comparable, as plain values."""
+        """Everything that makes trials comparable, as plain values.
+
+        Configurations count by what they hold: the same file may lie elsewhere on another machine.
+        """
         found = asdict(self)
         for name in ("n_trials", "sampler", "pruner", "seed"):
             del found[name]
+        found["configs"] = [_hash_of(config) for config in self.configs]
+        found["words"] = [*_on_configs(self.words, _hash_of)]
         return json.loads(json.dumps(found))
+
+
+CONFIG_WORDS = ("-c", "--config")
+
+
+def _on_configs(words: Sequence[str], change: Callable[[str], str]) -> Iterator[str]:
+    """The same words, with the paths of configurations changed."""
+    for before, word in zip(("", *words), words, strict=False):
+        name, is_joined, path = word.partition("=")
+        if before in CONFIG_WORDS:
+            yield change(word)
+        elif is_joined and name in CONFIG_WORDS:
+            yield f"{name}={change(path)}"
+        else:
+            yield word
+
+
+def _hash_of(config: str) -> str:
+    try:
+        return hashlib.sha256(Path(config).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{config}: cannot be read ({error.strerror})") from error
 
 
 def as_word(value: Any) -> str:
@@ -131,6 +176,12 @@ def read_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     fixed = reader.mapping("fixed", found["fixed"])
     if both := sorted({*parameters} & {*fixed}):
         raise ValueError(f"{path}: {both[0]}: is fixed and varied; leave one of them out")
+    given = {word.partition("=")[0] for word in words}
+    if both := [key for key in parameters if f"--{key}" in given]:
+        raise ValueError(
+            f"--{both[0]} after --: {path} varies it; leave the word out, or put it under fixed "
+            "instead of parameters"
+        )
     if found["direction"] not in get_args(Direction):
         raise ValueError(f"{path}: direction {found['direction']!r}: {get_args(Direction)}")
     if not isinstance(found["metric"], str) or not found["metric"]:
@@ -145,7 +196,8 @@ def read_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
         sampler=reader.component("sampler", found["sampler"]),
         pruner=reader.component("pruner", found["pruner"]),
         seed=reader.whole("seed", found["seed"], 0),
-        words=tuple(words),
+        # A trial may run elsewhere.
+        words=tuple(_on_configs(words, lambda path: str(Path(path).absolute()))),
     )
 
 
@@ -228,6 +280,8 @@ class _Reader:
             raise ValueError(f"{where}: step {step}: give one between 0 and {high - low}")
         if isinstance(low, int) and isinstance(high, int) and isinstance(step, float):
             raise ValueError(f"{where}: step {step}: low and high are whole, give a whole step")
+        if step is not None and (high - low) / step >= MAX_STEPS:
+            raise ValueError(f"{where}: step {step}: gives more than {MAX_STEPS:,} values")
         return Range(key, low, high, step, log)
 
 
@@ -247,11 +301,12 @@ def wandb_sweep(sweep: Sweep) -> str:
 def _wandb_parameter(parameter: Choice | Range) -> dict[str, Any]:
     if isinstance(parameter, Choice):
         return {"values": list(parameter.values)}
+    if parameter.grid:
+        # Its own steps are counted from 0, not from the lower end.
+        return {"values": list(parameter.grid)}
     limits = {"min": parameter.low, "max": parameter.high}
     if parameter.log:
         if parameter.is_whole:
             return {"distribution": "q_log_uniform_values", **limits, "q": 1}
         return {"distribution": "log_uniform_values", **limits}
-    if parameter.step is not None:
-        return {"distribution": "q_uniform", **limits, "q": parameter.step}
     return {"distribution": "int_uniform" if parameter.is_whole else "uniform", **limits}

@@ -6,6 +6,8 @@ last checkpoint.
 """
 
 import fcntl
+import json
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +16,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from commands.sweep_file import Choice, Component, Range, Sweep
-from commands.sweep_trials import State, Trial, run_trial, take_lock, trial_name
+from commands.sweep_trials import (
+    State,
+    Trial,
+    claim_sweep,
+    run_trial,
+    take_lock,
+    trial_name,
+)
 
 JOURNAL = "journal.log"
 STUDY = "sweep"
-FACTS = "facts"
 REASON = "reason"
 STATES: dict[str, State] = {"COMPLETE": "complete", "PRUNED": "pruned"}
 
@@ -75,36 +83,87 @@ def _optuna() -> Any:
 
 def _study(optuna: Any, sweep: Sweep, folder: Path) -> Any:
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(folder):
-            storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-            study = optuna.create_study(
+    # A wrong one is the file's fault, and leaves nothing behind.
+    pruner = _make(sweep.pruner, {})
+    _make(sweep.sampler, {"seed": sweep.seed})
+    with _locked(folder):
+        claim_sweep(sweep, folder, "optuna")
+        try:
+            return optuna.create_study(
                 study_name=STUDY,
-                storage=storage,
+                storage=JournalStorage(_journal(folder / JOURNAL)),
                 direction=sweep.direction,
-                pruner=_make(sweep.pruner, {}),
+                pruner=pruner,
                 load_if_exists=True,
             )
-            there = study.user_attrs.get(FACTS)
-            if there is None:
-                study.set_user_attr(FACTS, sweep.facts())
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / JOURNAL}: is damaged ({error})") from error
-    if there is not None and there != sweep.facts():
-        changed = [key for key, value in sweep.facts().items() if there.get(key) != value]
-        raise ValueError(
-            f"{folder}: holds another sweep ({', '.join(changed)} differ); choose another "
-            "--output_dir"
-        )
-    return study
+        except JournalError:
+            raise
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{folder / JOURNAL}: is damaged ({error}); choose another --output_dir"
+            ) from error
+
+
+class JournalError(ValueError):
+    """The journal cannot be written; what it held before is as it was."""
+
+
+def _journal(path: Path) -> Any:
+    """Optuna's journal in a file, which ends with a whole line whatever happens to who writes it.
+
+    A process that is killed, or meets a full disk, in the middle of a line would leave what the
+    next line is appended to, and no process could read the journal again.
+    """
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal._file import get_lock_file
+
+    class Journal(JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
+            try:
+                with get_lock_file(self._lock), path.open("r+b", buffering=0) as file:
+                    _append(file, "".join(lines).encode())
+            except OSError as error:
+                raise JournalError(
+                    f"{path}: cannot be written ({error.strerror}); mend that, for a full disk "
+                    "make room: the same command goes on"
+                ) from error
+
+    return Journal(str(path))
+
+
+def _append(file: Any, lines: bytes) -> None:
+    """Write lines behind the last whole one; all of them or, when the disk refuses, none."""
+    end = _end_of_lines(file)
+    file.truncate(end)
+    file.seek(end)
+    try:
+        while lines:
+            lines = lines[file.write(lines) :]
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def _end_of_lines(file: Any) -> int:
+    """Where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(end - (1 << 16), 0)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time decides what comes next."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".next.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -162,13 +221,13 @@ def _run(optuna: Any, study: Any, sweep: Sweep, folder: Path, trial: Any, lock: 
 def _suggest(trial: Any, parameter: Choice | Range) -> Any:
     if isinstance(parameter, Choice):
         return trial.suggest_categorical(parameter.key, parameter.values)
+    # The last value of a range with a step, which its upper end need not be.
+    high = parameter.grid[-1] if parameter.grid else parameter.high
     if parameter.is_whole:
         step = int(parameter.step or 1)
-        return trial.suggest_int(
-            parameter.key, parameter.low, parameter.high, step=step, log=parameter.log
-        )
+        return trial.suggest_int(parameter.key, parameter.low, high, step=step, log=parameter.log)
     return trial.suggest_float(
-        parameter.key, parameter.low, parameter.high, step=parameter.step, log=parameter.log
+        parameter.key, parameter.low, high, step=parameter.step, log=parameter.log
     )
 
 
@@ -186,5 +245,7 @@ def _make(component: Component, more: dict[str, Any]) -> Any:
         warnings.simplefilter("ignore")
         try:
             return kind(**more, **component.init_args)
-        except TypeError as error:
-            raise ValueError(f"{component.class_path}: {error}") from error
+        except (TypeError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"{component.class_path}: {error}; mend its init_args in the sweep's file"
+            ) from error

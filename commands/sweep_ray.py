@@ -1,16 +1,27 @@
 """A sweep by Ray Tune: the same file and the same runs, spread over a cluster."""
 
+import math
+import os
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from commands.sweep_file import Choice, Range, Sweep
-from commands.sweep_trials import RUNS, Trial, best_value, read_curve, run_trial, trial_name
+from commands.sweep_trials import (
+    RUNS,
+    Trial,
+    best_value,
+    claim_sweep,
+    read_curve,
+    run_trial,
+    trial_name,
+)
 from policies.workers import start_ray
 
 VALUE = "value"
 STEP = "step"
-NUMBER = "number"
+TRIAL = "trial"
 
 
 def search_with_ray(
@@ -21,59 +32,106 @@ def search_with_ray(
     Args:
         sweep: What to search; its sampler and pruner are Optuna's and not used.
         folder: Of the sweep, where all nodes see it; one that was begun is continued.
-        n_trials: Of the sweep.
+        n_trials: Of the sweep; more than there are add to them.
         n_workers: Trials at once.
         gpus_per_trial: Of each trial; a share lets several have one.
 
     Raises:
-        ValueError: If Ray is not installed or does not start.
+        ValueError: If Ray is not installed or does not start, the folder holds another sweep, or
+            ``train.py`` does not take the words of a trial.
     """
+    # Ctrl-C ends the search instead of giving half of it.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    claim_sweep(sweep, folder, "ray")
     start_ray(n_workers)
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
     mode = "min" if sweep.direction == "minimize" else "max"
-    space = {each.key: _domain(tune, each) for each in sweep.parameters}
-    # The number names the run; a trial that is restored finds it again.
-    space[NUMBER] = tune.grid_search(list(range(n_trials)))
     storage = folder.absolute() / "ray"
     trainable = tune.with_resources(
-        tune.with_parameters(_train, sweep=sweep, folder=str(folder.absolute())),
+        tune.with_parameters(
+            _train, sweep=sweep, folder=str(folder.absolute()), cwd=str(Path.cwd())
+        ),
         {"cpu": 1, "gpu": gpus_per_trial},
     )
-    experiment = storage / "sweep"
-    if tune.Tuner.can_restore(str(experiment)):
-        tuner = tune.Tuner.restore(str(experiment), trainable, resume_unfinished=True)
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=n_workers,
-                scheduler=ASHAScheduler(
-                    time_attr=STEP, metric=VALUE, mode=mode, max_t=2**31, grace_period=1
-                ),
-            ),
-            run_config=tune.RunConfig(name="sweep", storage_path=str(storage), verbose=0),
-        )
     found = []
-    for result in tuner.fit():
-        values = dict(result.config or {})
-        number = values.pop(NUMBER)
-        curve = read_curve(folder / RUNS / trial_name(number) / "last", sweep.metric)
-        value = best_value(curve, sweep.direction)
-        reason = str(result.error).strip().splitlines()[-1] if result.error else ""
-        complete = bool((result.metrics or {}).get("complete"))
-        state = "failed" if reason or value is None else "complete" if complete else "pruned"
-        found.append(Trial(number, values, state, value, tuple(curve), reason))
+    for numbers in experiments(storage, n_trials):
+        name = _experiment_name(numbers)
+        if tune.Tuner.can_restore(str(storage / name)):
+            tuner = tune.Tuner.restore(str(storage / name), trainable, resume_unfinished=True)
+        else:
+            tuner = tune.Tuner(
+                trainable,
+                param_space={TRIAL: tune.grid_search([draw(sweep, number) for number in numbers])},
+                tune_config=tune.TuneConfig(
+                    max_concurrent_trials=n_workers,
+                    scheduler=ASHAScheduler(
+                        time_attr=STEP, metric=VALUE, mode=mode, max_t=2**31, grace_period=1
+                    ),
+                ),
+                run_config=tune.RunConfig(name=name, storage_path=str(storage), verbose=0),
+            )
+        found += [_trial(sweep, folder, result) for result in tuner.fit()]
     return sorted(found, key=lambda trial: trial.number)
 
 
-def _train(config: Mapping[str, Any], sweep: Sweep, folder: str) -> None:
+def experiments(storage: Path, n_trials: int) -> list[range]:
+    """Numbers of the trials of each of Ray's experiments: those begun, and one with the rest.
+
+    Ray cannot add trials to an experiment.
+    """
+    begun = sorted(storage.glob("trials_*_to_*")) if storage.is_dir() else []
+    found = []
+    for folder in begun:
+        _, first, _, last = folder.name.split("_")
+        found.append(range(int(first), int(last) + 1))
+    n_there = found[-1].stop if found else 0
+    return [*found, range(n_there, n_trials)] if n_there < n_trials else found
+
+
+def _experiment_name(numbers: range) -> str:
+    return f"trials_{numbers.start:04d}_to_{numbers.stop - 1:04d}"
+
+
+def draw(sweep: Sweep, number: int) -> dict[str, Any]:
+    """Number and values of a trial, the same whenever they are drawn."""
+    generator = random.Random(f"{sweep.seed} {number}")
+    values = {each.key: _draw_one(generator, each) for each in sweep.parameters}
+    return {"number": number, "values": values}
+
+
+def _draw_one(generator: random.Random, parameter: Choice | Range) -> Any:
+    if isinstance(parameter, Choice):
+        return generator.choice(parameter.values)
+    if parameter.grid:
+        return generator.choice(parameter.grid)
+    low, high = parameter.low, parameter.high
+    if not parameter.is_whole:
+        if parameter.log:
+            return min(max(math.exp(generator.uniform(math.log(low), math.log(high))), low), high)
+        return generator.uniform(low, high)
+    if parameter.log:
+        drawn = math.exp(generator.uniform(math.log(low - 0.5), math.log(high + 0.5)))
+        return min(max(round(drawn), int(low)), int(high))
+    return generator.randint(int(low), int(high))
+
+
+def _trial(sweep: Sweep, folder: Path, result: Any) -> Trial:
+    number, values = (result.config[TRIAL][name] for name in ("number", "values"))
+    curve = read_curve(folder / RUNS / trial_name(number) / "last", sweep.metric)
+    value = best_value(curve, sweep.direction)
+    reason = str(result.error).strip().splitlines()[-1] if result.error else ""
+    complete = bool((result.metrics or {}).get("complete"))
+    state = "failed" if reason or value is None else "complete" if complete else "pruned"
+    return Trial(number, values, state, value, tuple(curve), reason)
+
+
+def _train(config: Mapping[str, Any], sweep: Sweep, folder: str, cwd: str) -> None:
     """One trial, in a process of Ray's that Ray ends when the trial falls behind."""
     from ray import tune
 
-    values = {key: value for key, value in config.items() if key != NUMBER}
+    number, values = (config[TRIAL][name] for name in ("number", "values"))
     last: dict[str, Any] = {}
 
     def report(step: int, value: float) -> bool:
@@ -81,21 +139,8 @@ def _train(config: Mapping[str, Any], sweep: Sweep, folder: str) -> None:
         tune.report({**last, "complete": False})
         return False
 
-    trial = run_trial(sweep, config[NUMBER], values, Path(folder), report)
+    # Ray gives every trial a folder of its own to work in.
+    trial = run_trial(sweep, number, values, Path(folder), report, cwd=Path(cwd))
     if trial.state == "failed":
         raise RuntimeError(trial.reason)
     tune.report({**last, "complete": True})
-
-
-def _domain(tune: Any, parameter: Choice | Range) -> Any:
-    if isinstance(parameter, Choice):
-        return tune.choice(list(parameter.values))
-    low, high, step = parameter.low, parameter.high, parameter.step
-    if parameter.is_whole:
-        # Ray leaves out the upper end.
-        if parameter.log:
-            return tune.lograndint(low, high + 1)
-        return tune.qrandint(low, high, int(step)) if step else tune.randint(low, high + 1)
-    if parameter.log:
-        return tune.loguniform(low, high)
-    return tune.quniform(low, high, step) if step else tune.uniform(low, high)

@@ -5,6 +5,7 @@ like any other: it needs nothing of the sweep's, and may itself use several proc
 """
 
 import fcntl
+import json
 import math
 import signal
 import subprocess
@@ -17,12 +18,18 @@ from typing import IO, Any, Literal
 
 from callbacks.loggers import CSV_FILE, read_metrics
 from callbacks.run_folder import LAST, last_run_folder
-from commands.sweep_file import Direction, Sweep
+from commands.sweep_file import Choice, Direction, Sweep
+from policies.atomic_files import write_atomically
+from policies.json_files import read_json
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 POLL_S = 1.0
 """How often a trial's numbers are looked at."""
 RUNS = "runs"
+SEARCH_FILE = "search.json"
+"""In the folder of a sweep: what it searches, and who does."""
+TRIAL_FILE = "trial.json"
+"""Beside the runs of a trial: what it is a part of, and its values."""
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 
@@ -31,6 +38,14 @@ State = Literal["complete", "pruned", "failed"]
 
 class TrialInterrupted(Exception):  # noqa: N818  (like KeyboardInterrupt, no error)
     """Somebody stopped a trial's run; it goes on when the sweep does."""
+
+    def __init__(self, name: str, exit_status: int) -> None:
+        super().__init__(name, exit_status)
+        self.exit_status = exit_status
+        """Of the run: 130 or 143."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} was stopped"
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,76 @@ def take_lock(file: Path) -> IO[str] | None:
     return handle
 
 
+def claim(file: Path, said: Mapping[str, Any], is_used: bool) -> None:
+    """Say what a folder is for; a folder that is for something else is not continued.
+
+    Args:
+        file: That says it; written when it is not there.
+        said: What it must say.
+        is_used: Whether there is work in the folder already.
+
+    Raises:
+        ValueError: If it says something else, or there is work that nobody described.
+    """
+    expected = json.loads(json.dumps(said))
+    if not file.is_file():
+        if is_used:
+            raise ValueError(
+                f"{file}: is missing, and there are runs beside it; choose another --output_dir"
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(expected, indent=1) + "\n")
+        return
+    there = read_json(file)
+    changed = [key for key in expected if there.get(key) != expected[key]]
+    facts, others = expected.get("facts", {}), there.get("facts")
+    if "facts" in changed and isinstance(others, dict):
+        changed.remove("facts")
+        changed += [key for key in facts if others.get(key) != facts[key]]
+    if changed or there.keys() != expected.keys():
+        raise ValueError(
+            f"{file.parent}: holds another sweep ({', '.join(changed)} differ); choose another "
+            "--output_dir"
+        )
+
+
+def claim_sweep(sweep: Sweep, folder: Path, engine: str) -> None:
+    """Begin a sweep, or go on with the same one.
+
+    Before the first trial, ``train.py`` is asked whether it takes the words of a trial.
+
+    Args:
+        sweep: What is searched.
+        folder: Where.
+        engine: Who searches; two would number their trials alike.
+
+    Raises:
+        ValueError: If the folder holds another sweep, or ``train.py`` does not take the words.
+    """
+    file = folder / SEARCH_FILE
+    if not file.is_file():
+        _check_words(sweep)
+    claim(file, {"engine": engine, "facts": sweep.facts()}, (folder / RUNS).is_dir())
+
+
+def _check_words(sweep: Sweep) -> None:
+    values = {
+        each.key: each.values[0] if isinstance(each, Choice) else each.low
+        for each in sweep.parameters
+    }
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), *sweep.train_words(values), "--print_config"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        raise ValueError(
+            f"train.py does not take the words of a trial: {_telling_line(done.stderr)}"
+        )
+
+
 def run_trial(
     sweep: Sweep,
     number: int,
@@ -93,6 +178,7 @@ def run_trial(
     folder: Path,
     should_stop: Callable[[int, float], bool],
     lock: IO[str] | None = None,
+    cwd: Path | None = None,
 ) -> Trial:
     """Train one trial, or go on with it where it was interrupted.
 
@@ -104,13 +190,17 @@ def run_trial(
         should_stop: Told step and metric of each validation; whether the trial is not worth
             its time.
         lock: That the run inherits: it is held as long as somebody trains.
+        cwd: Where its relative paths begin; this process's folder when None.
 
     Raises:
         TrialInterrupted: If the run was stopped by a signal.
-        ValueError: If ``train.py`` does not understand its command line.
+        ValueError: If ``train.py`` does not understand its command line, or the trial's folder
+            holds a run of another sweep.
     """
     name = trial_name(number)
     runs = folder / RUNS
+    is_used = (runs / name / LAST).is_symlink()
+    claim(runs / name / TRIAL_FILE, {"facts": sweep.facts(), "values": values}, is_used)
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [
@@ -127,6 +217,7 @@ def run_trial(
             [sys.executable, str(TRAIN), *words],
             stdout=output,
             stderr=subprocess.STDOUT,
+            cwd=cwd,
             pass_fds=() if lock is None else (lock.fileno(),),
         )
         try:
@@ -153,7 +244,7 @@ def run_trial(
         return Trial(*result, "complete", value, tuple(curve))
     reason = _last_lines(log)
     if process.returncode in EXIT_INTERRUPTED:
-        raise TrialInterrupted(f"{name} was stopped; the same command goes on with it")
+        raise TrialInterrupted(name, process.returncode)
     if process.returncode == EXIT_USAGE:
         raise ValueError(f"train.py does not take the words of {name}: {reason}")
     if process.returncode == 0:
@@ -162,7 +253,11 @@ def run_trial(
 
 
 def _last_lines(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return _telling_line(log.read_text(encoding="utf-8", errors="replace"))
+
+
+def _telling_line(text: str) -> str:
+    lines = text.strip().splitlines()
     errors = [line for line in lines if "error:" in line.lower()]
     return (errors or lines or [""])[-1].strip()
 

@@ -38,6 +38,40 @@ def test_the_table_holds_what_the_result_files_hold():
         assert measured.ours.text() in line
 
 
+def test_the_page_in_the_repository_is_the_one_that_is_rendered():
+    ends = "## When"
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert page.partition(ends)[0] == runner.render().partition(ends)[0]
+
+
+def test_every_miss_says_its_floor_and_what_is_extrapolated_says_so():
+    page = runner.render()
+    table, _, rest = page.partition("## Missed")
+    missed = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if "**no**" in line]
+    said = [line for line in rest.splitlines() if line.startswith("- ")]
+    assert [line[2:].split(":")[0] for line in said] == missed
+    assert all("floor" in line for line in said)
+    (wide,) = (line for line in table.splitlines() if line.startswith("| landscape of 100 x 100"))
+    assert "four times the measured 50 x 50 grid" in wide
+
+
+def test_the_share_of_diagnostics_is_that_of_the_whole_run(tmp_path):
+    share = import_module("benchmarks.diagnostics_share")
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"step": 20, "wall_s": 90.0, "diagnostics/share": 0.2, "diagnostics/a_s": 4.0})
+    )
+    (tmp_path / "environment.json").write_text(
+        json.dumps({"started": "2026-01-02T03:04:05", "git": {"commit": "0123456789"}})
+    )
+    (tmp_path / "metrics.csv").write_text(
+        "step,diagnostics/a_s,diagnostics/b_s\n0,1.5,\n10,2,3\n20,4,\n"
+    )
+    found = share.measured(tmp_path)
+    assert found["seconds"] == {"a": 7.5, "b": 3.0}
+    assert found["share"] == 0.2
+    assert (found["date"], found["commit"]) == ("2026-01-02", "0123456")
+
+
 def test_a_missed_target_is_said(tmp_path, monkeypatch):
     found = json.loads((runner.RESULTS / "activation_reads.json").read_text())
     found["ours"]["read_amplification"] = 1.6

@@ -77,3 +77,17 @@ def test_torchrun_knows_the_options():
         if before[:1] == ["torchrun"]:
             given = get_args_parser().parse_args([*before[1:], *words])
             assert given.training_script == "train.py"
+
+
+def test_a_sweeps_job_hands_the_signal_to_python():
+    script = SCRIPTS[1]
+    # Without B: the batch step gets none, and without exec its shell does, and waits.
+    assert "#SBATCH --signal=B:SIGTERM@120" in script
+    (line,) = (line for line in script.splitlines() if "analyze.py" in line)
+    assert line.startswith("exec .venv/bin/python ")
+
+
+def test_a_training_job_signals_its_processes():
+    # They are a step of srun's: with B: only the script would be signalled.
+    assert "--signal=SIGUSR1@90" in SCRIPTS[0]
+    assert re.search(r"^srun .*python train.py", SCRIPTS[0], re.MULTILINE)

@@ -31,3 +31,20 @@ def die_at_two(number):
 
 def refuse(number):
     raise ValueError(f"{number} is no good")
+
+
+class UnreadableError(ValueError):
+    def __init__(self, path, problem):
+        super().__init__(f"{path} {problem}")
+
+
+def refuse_unreadably(number):
+    raise UnreadableError(f"file {number}", "is broken")
+
+
+def note_and_wait(item):
+    folder, number = item
+    (folder / str(number)).touch()
+    if number == 0:
+        raise ValueError("the disk is full")
+    time.sleep(60)

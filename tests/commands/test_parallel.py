@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from pieces import die_at_two, refuse, square
+from pieces import die_at_two, note_and_wait, refuse, refuse_unreadably, square
 from test_rollout_and_export import save_policy
 
 import analyze
@@ -38,6 +38,18 @@ def test_an_error_in_a_worker_is_the_error_here():
         list(map_over(refuse, range(3), 1))
     with pytest.raises(ValueError, match="n_workers is -1"):
         list(map_over(refuse, range(3), -1))
+
+
+def test_a_failure_ends_all_others_at_once(tmp_path):
+    with pytest.raises(ValueError, match="the disk is full"):
+        list(map_over(note_and_wait, [(tmp_path, number) for number in range(20)], 2))
+    # Nothing was waited for, and of 20 pieces at most one was asked for beyond two at a time.
+    assert len(list(tmp_path.iterdir())) <= 4
+
+
+def test_an_error_that_cannot_be_sent_is_said_with_its_text():
+    with pytest.raises(WorkerError, match="UnreadableError: file 3 is broken"):
+        list(map_over(refuse_unreadably, [3], 1))
 
 
 def test_ray_that_is_not_installed_says_how_to_get_it(monkeypatch):
@@ -109,18 +121,58 @@ def test_shards_join_to_the_whole(policy, alone, tmp_path, capsys):
     for given, message in (
         (shards[:1], "all of one rollout"),
         ([shards[0], shards[0]], "each once"),
-        ([*shards, tmp_path], "cannot be read"),
+        ([*shards, tmp_path], "no such file"),
     ):
         assert analyze.main([*merge, *map(str, given)]) == 1
         assert message in capsys.readouterr().err
-    document = json.loads((shards[1] / "rollout.json").read_text())
-    (shards[1] / "rollout.json").write_text(json.dumps({**document, "n_parallel": 1}))
-    assert analyze.main([*merge, *map(str, shards)]) == 1
-    assert "n_parallel differs" in capsys.readouterr().err
-    (shards[1] / "rollout.json").write_text("[" * 3)
-    assert analyze.main([*merge, *map(str, shards)]) == 1
-    assert "is no result" in capsys.readouterr().err
+    file = shards[1] / "rollout.json"
+    document = json.loads(file.read_text())
+    (row,) = document["rows"]
+    for changed, message in (
+        ({"n_parallel": 1}, "n_parallel is 1"),
+        ({"n_episodes": 6}, "n_episodes is 6"),
+        ({"task": "pieces.Other"}, "task is 'pieces.Other'"),
+        ({"rows": []}, "has not finished"),
+        ({"complete": False}, "has not finished"),
+        ({"shard": 2}, "is no result"),
+        ({"rows": [1]}, "is no result"),
+        ({"rows": [{**row, "wall_s": "long"}]}, "is no result"),
+        ({"rows": [{**row, "episodes": []}]}, "is no result"),
+        ({"rows": [{**row, "episodes": row["episodes"][1:]}]}, "missing"),
+        ({"rows": [{**row, "episodes": row["episodes"][::-1]}]}, "in order"),
+    ):
+        file.write_text(json.dumps({**document, **changed}))
+        assert analyze.main([*merge, *map(str, shards)]) == 1, changed
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
+    for damaged in ("[" * 3, "[" * 100_000, "[]"):
+        file.write_text(damaged)
+        assert analyze.main([*merge, *map(str, shards)]) == 1
+        assert str(file) in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_shards_of_another_policy_are_refused(policy, tmp_path, capsys):
+    moved = tmp_path / "moved" / "policy.ckpt"
+    moved.parent.mkdir()
+    moved.write_bytes(policy.read_bytes())
+    shards = [tmp_path / f"shard{number}" for number in (1, 2, 3)]
+    few = ["--n_episodes=2", "--n_parallel=1", "--n_videos=0"]
+    assert rollout(policy, shards[0], *few, "--shard=1/2") == 0
+    assert rollout(moved, shards[1], *few, "--shard=2/2") == 0
+    # Other weights under the same name.
+    content = torch.load(moved, weights_only=True)
+    weights = content["state_dict"]
+    weights.update({name: each + 0.1 for name, each in weights.items() if each.is_floating_point()})
+    torch.save(content, moved)
+    assert rollout(moved, shards[2], *few, "--shard=2/2") == 0
+    merge = ["merge", f"--output_dir={tmp_path / 'whole'}", "--shards"]
+    capsys.readouterr()
+    assert analyze.main([*merge, str(shards[0]), str(shards[2])]) == 1
+    assert "policy_hash is" in capsys.readouterr().err
+    # The same policy may lie elsewhere on another machine.
+    assert analyze.main([*merge, str(shards[0]), str(shards[1])]) == 0
 
 
 def test_a_shard_without_episodes_says_what_to_change(policy, tmp_path, capsys):

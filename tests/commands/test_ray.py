@@ -21,6 +21,7 @@ from commands.sweep_file import read_sweep
 from policies.workers import map_over
 
 STAND_IN = os.environ["STAND_IN"]
+sweep_trials.TRAIN = Path(STAND_IN)
 found = [*map_over(pieces.square, range(4), 1, "ray")]
 try:
     list(map_over(pieces.refuse, [5], 1, "ray"))
@@ -29,14 +30,17 @@ except ValueError as error:
 train_one = sweep_ray._train
 
 
-def with_stand_in(config, sweep, folder):
+def with_stand_in(config, sweep, folder, cwd):
     # In the worker, where modules are imported anew.
     sweep_trials.TRAIN = Path(STAND_IN)
-    train_one(config, sweep, folder)
+    train_one(config, sweep, folder, cwd)
 
 
 sweep_ray._train = with_stand_in
-trials = sweep_ray.search_with_ray(read_sweep(Path(sys.argv[1])), Path(sys.argv[2]), 2, 1, 0)
+search = (read_sweep(Path(sys.argv[1])), Path(sys.argv[2]))
+sweep_ray.search_with_ray(*search, 1, 1, 0)
+# One more is added to the one that is there.
+trials = sweep_ray.search_with_ray(*search, 2, 1, 0)
 print(json.dumps({
     "squares": [square for square, _, _ in found],
     "threads": [threads for _, threads, _ in found],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import analyze
 from commands import sweep_trials
 from commands.sweep_file import Choice, Range, read_sweep, wandb_sweep
 from commands.sweep_optuna import search
+from commands.sweep_ray import draw, experiments
 from commands.sweep_trials import best_value, read_curve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +107,172 @@ def test_a_trial_that_fails_is_one_trial_less(write, fast, tmp_path, capsys):
 
 def test_words_that_train_does_not_take_stop_the_sweep(write, fast, tmp_path, capsys):
     assert sweep(write(fixed={"no_such_key": 1}), tmp_path / "out") == 1
-    assert "does not take the words of trial_0000" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "does not take the words of a trial" in error
+    assert "no_such_key" in error
+    # Nothing was begun: with the key mended, the same folder will do.
+    assert sweep(write(n_trials=1), tmp_path / "out") == 0
+
+
+def test_a_full_disk_in_the_middle_of_the_journal_loses_nothing(write, fast, tmp_path, capsys):
+    path, folder = write(n_trials=2), tmp_path / "out"
+    assert sweep(path, folder) == 0
+    journal, before = folder / "journal.log", result(folder)["trials"]
+    content = journal.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) + 50, limits[1]))
+    try:
+        assert sweep(path, folder, "--n_trials=3") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert f"{journal}: cannot be written" in error
+    assert "make room" in error
+    assert journal.read_bytes() == content
+    assert sweep(path, folder, "--n_trials=3") == 0
+    assert result(folder)["trials"][:2] == before
+    # A process that was killed in the middle of a line.
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":5,"worker_id"')
+    assert sweep(path, folder, "--n_trials=4") == 0
+    assert len(result(folder)["trials"]) == 4
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
+def test_runs_of_another_search_are_not_continued(write, fast, tmp_path, capsys):
+    path, folder = write(n_trials=1), tmp_path / "out"
+    assert sweep(path, folder) == 0
+    metrics = folder / "runs/trial_0000/last/metrics.csv"
+    kept = metrics.read_bytes()
+    (folder / "journal.log").unlink()
+    capsys.readouterr()
+    # Without its journal, another seed draws other values for the same trial.
+    assert sweep(write(n_trials=1, seed=5), folder) == 1
+    assert "trial_0000: holds another sweep (values differ)" in capsys.readouterr().err
+    assert sweep(path, folder, "--engine=ray") == 1
+    assert "holds another sweep (engine differ)" in capsys.readouterr().err
+    (folder / "search.json").unlink()
+    assert sweep(path, folder) == 1
+    assert "search.json: is missing" in capsys.readouterr().err
+    assert metrics.read_bytes() == kept
+
+
+def test_a_search_is_what_its_configurations_hold(write, tmp_path):
+    before = read_sweep(write()).facts()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "base.yaml").write_bytes((tmp_path / "base.yaml").read_bytes())
+    (elsewhere / "sweep.yaml").write_bytes((tmp_path / "sweep.yaml").read_bytes())
+    assert read_sweep(elsewhere / "sweep.yaml").facts() == before
+    (elsewhere / "base.yaml").write_text("seed_everything: 1\n")
+    assert read_sweep(elsewhere / "sweep.yaml").facts() != before
+    words = ("-c", str(elsewhere / "base.yaml"))
+    given = read_sweep(write(), words).facts()
+    (elsewhere / "base.yaml").write_text("seed_everything: 2\n")
+    assert read_sweep(write(), words).facts() != given
+
+
+def test_what_is_varied_wins_over_words(write, tmp_path, capsys):
+    words = read_sweep(write(fixed={"n": 1}), ("-c", "more.yaml", "--data", "x")).train_words(
+        {"lr": 0.1}
+    )
+    assert words[-1] == "--lr=0.1"
+    assert words.index("--n=1") < words.index(str(Path("more.yaml").absolute())) < len(words) - 1
+    for given in (["--lr=3"], ["--lr", "3"]):
+        assert sweep(write(), tmp_path / "out", "--", *given) == 1
+        assert "--lr after --" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_range_with_a_step_has_the_same_values_for_every_engine(write, fast, tmp_path, capsys):
+    path = write(
+        parameters={
+            **SWEEP["parameters"],
+            "kl_weight": {"low": 0.1, "high": 0.75, "step": 0.2},
+            "trainer.max_steps": {"low": 3, "high": 9, "step": 4},
+        },
+        n_trials=8,
+    )
+    found = read_sweep(path)
+    expected = {"kl_weight": (0.1, 0.3, 0.5, 0.7), "trainer.max_steps": (3, 7)}
+    by_wandb = yaml.safe_load(wandb_sweep(found))["parameters"]
+    assert sweep(path, tmp_path / "out") == 0
+    by_optuna = [trial["values"] for trial in result(tmp_path / "out")["trials"]]
+    by_ray = [draw(found, number)["values"] for number in range(30)]
+    for key, values in expected.items():
+        assert by_wandb[key] == {"values": list(values)}
+        assert {values[key] for values in by_ray} == set(values)
+        assert all(
+            min(abs(values[key] - each) for each in expected[key]) < 1e-9 for values in by_optuna
+        )
+
+
+def test_ray_draws_the_same_trial_again_and_adds_to_what_is_there(write, tmp_path):
+    found = read_sweep(
+        write(parameters={"n": {"low": 1, "high": 4, "log": True}, "x": {"low": 0.5, "high": 2.0}})
+    )
+    drawn = [draw(found, number) for number in range(40)]
+    assert drawn == [draw(found, number) for number in range(40)]
+    assert {each["values"]["n"] for each in drawn} == {1, 2, 3, 4}
+    assert len({each["values"]["x"] for each in drawn}) == 40
+    assert all(0.5 <= each["values"]["x"] <= 2 for each in drawn)
+    assert experiments(tmp_path, 3) == [range(3)]
+    (tmp_path / "trials_0000_to_0002").mkdir()
+    assert experiments(tmp_path, 3) == [range(3)]
+    assert experiments(tmp_path, 5) == [range(3), range(3, 5)]
+
+
+def test_a_trial_runs_where_it_is_told_to(write, monkeypatch, tmp_path):
+    (tmp_path / "train.py").write_text(
+        "from pathlib import Path\nPath('here').touch()\nraise SystemExit(1)\n"
+    )
+    monkeypatch.setattr(sweep_trials, "TRAIN", tmp_path / "train.py")
+    monkeypatch.setattr(sweep_trials, "POLL_S", 0.02)
+    (tmp_path / "driver").mkdir()
+    trial = sweep_trials.run_trial(
+        read_sweep(write()),
+        0,
+        {"lr": 0.1},
+        tmp_path / "out",
+        lambda step, value: False,
+        cwd=tmp_path / "driver",
+    )
+    assert trial.state == "failed"
+    assert (tmp_path / "driver/here").is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "class_path", "init_args"),
+    [
+        ("pruner", "optuna.pruners.NoSuchPruner", {}),
+        ("pruner", "optuna.pruners.PercentilePruner", {"percentile": 900.0}),
+        ("sampler", "optuna.samplers.TPESampler", {"no_such": 1}),
+    ],
+)
+def test_a_wrong_part_of_optuna_is_not_the_journals_fault(
+    write, fast, tmp_path, capsys, key, class_path, init_args
+):
+    path = write(**{key: {"class_path": class_path, "init_args": init_args}}, n_trials=1)
+    assert sweep(path, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert class_path in error
+    assert "damaged" not in error
+    assert not (tmp_path / "out/journal.log").exists()
+    assert sweep(write(n_trials=1), tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_stopped_says_that_it_goes_on(
+    write, fast, tmp_path, capsys, monkeypatch, number, status
+):
+    path = write(fixed={"trainer.max_steps": 3}, n_trials=1)
+    with monkeypatch.context() as patch:
+        # After the first row is read, somebody stops the sweep.
+        patch.setattr(sweep_trials, "read_curve", lambda *_: os.kill(os.getpid(), number))
+        assert sweep(path, tmp_path / "out") == status
+    assert "the same command goes on" in capsys.readouterr().out
+    assert sweep(path, tmp_path / "out") == 0
+    assert len(result(tmp_path / "out")["trials"]) == 1
 
 
 def test_a_trial_that_falls_behind_is_stopped(write, fast, tmp_path, capsys):
@@ -160,7 +327,8 @@ def test_a_killed_sweep_goes_on_with_the_trial_it_was_at(write, fast, tmp_path, 
     wait_for(lambda: sweep(path, folder) == 0 and len(result(folder)["trials"]) == 2)
     assert metrics.read_text().startswith(kept)
     assert [trial["curve"][-1][0] for trial in result(folder)["trials"]] == [30, 30]
-    assert len(list((folder / "runs/trial_0000").iterdir())) == 2  # one run, and last
+    # One run, last, and what the trial is.
+    assert len(list((folder / "runs/trial_0000").iterdir())) == 3
 
 
 def test_searches_that_run_together_share_a_sweep(write, fast, tmp_path, capsys):
@@ -269,7 +437,7 @@ def test_the_file_for_wandb_says_the_same(write, tmp_path, capsys):
         "lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 0.1},
         "kl_weight": {"values": [0.5, 2]},
         "n": {"distribution": "int_uniform", "min": 1, "max": 9},
-        "m": {"distribution": "q_uniform", "min": 8, "max": 32, "q": 8},
+        "m": {"values": [8, 16, 24, 32]},
         "x": {"distribution": "uniform", "min": 0.0, "max": 1.0},
     }
     assert found["metric"] == {"name": "val/loss", "goal": "minimize"}
