@@ -6,8 +6,8 @@ Trains ``configs/demo.yaml`` with all its diagnostics until the time is up, and 
 ``--interval_s`` adds up what the training process and its children hold: memory (proportional set
 size: shared pages are counted once), open files, threads; and what lies on the disk: checkpoints,
 pictures and videos, W&B files, the rest of the run folder, and temporary files. Everything is kept
-as it is in any run, so the media grow by one step's worth at each validation, and are reported by
-the validation; all else has to be flat. Flat means: the trend over the last three quarters of the
+as it is in any run, so the media grow by one step's worth at each validation, the report's page up
+to its bound; all else has to be flat. Flat means: the trend over the last three quarters of the
 run, the Theil-Sen slope, extrapolated over them, is below 5 % of their median or below one unit.
 
 Writes ``benchmarks/results/soak.json`` and ``docs/images/soak.webp``.
@@ -44,8 +44,9 @@ UNITS = {
     "other_mib": 1.0,
 }
 """What has to be flat, and how much growth over the run is still no growth."""
-GROWING = ("media_mib", "wandb_mib")
-"""What is meant to grow: the pictures of each validation, here and for W&B."""
+GROWING = ("media_mib", "wandb_mib", "report_mib")
+"""What is meant to grow: the pictures of each validation, here, for W&B, and in the report, which
+has a bound."""
 
 
 def folder_mib(folder: Path, without: tuple[str, ...] = ()) -> float:
@@ -81,7 +82,7 @@ def held(process: psutil.Process) -> dict[str, float]:
 
 def on_disk(run: Path, temporary: Path) -> dict[str, float]:
     """Return what a run has on the disk."""
-    parts = ("checkpoints", "media", "wandb")
+    parts = ("checkpoints", "media", "wandb", "report")
     sizes = {f"{part}_mib": folder_mib(run / part) for part in parts}
     sizes["other_mib"] = folder_mib(run, without=parts)
     sizes["temporary_mib"] = folder_mib(temporary)
