@@ -352,7 +352,7 @@ class TrainCLI(LightningCLI):
             return super().instantiate_trainer(
                 plugins=plugins, logger=loggers, callbacks=callbacks, **kwargs
             )
-        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
             # Lightning checks some values only by using them.
             raise ValueError(
                 "trainer: has a value that Lightning cannot use "
