@@ -130,9 +130,9 @@ def test_lerobot_folder_without_episodes_is_unusable(tmp_path, capsys):
     ("changes", "what"),
     [
         ({"codebase_version": "v2.1"}, "convert_dataset_v21_to_v30"),
-        ({"codebase_version": "v9.0"}, "supported is v3.x"),
-        ({"features": None}, "lacks an entry or holds a wrong one"),
-        ({"fps": "fast"}, "lacks an entry or holds a wrong one"),
+        ({"codebase_version": "v9.0"}, "fetch the revision v3.0"),
+        ({"features": None}, "download or copy the data set again"),
+        ({"fps": "fast"}, "download or copy the data set again"),
     ],
 )
 def test_unusable_lerobot_folders(tmp_path, capsys, changes, what):

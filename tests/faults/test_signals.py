@@ -173,7 +173,7 @@ def test_no_command_is_given_that_cannot_work(
     def at_start(self: ToyModule) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(ToyModule, "on_train_start", at_start)
+    monkeypatch.setattr(ToyModule, "on_fit_start", at_start)
     assert exit_code("fit", "-c", "toy.yaml") == train.EXIT_TERMINATED
     assert "continue with" not in capsys.readouterr().out
 

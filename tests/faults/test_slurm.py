@@ -112,11 +112,11 @@ def test_a_task_of_an_array_is_requeued_alone(job: Path, monkeypatch: pytest.Mon
     assert (job / "asked").read_text() == "requeue 4000_7\n"
 
 
-@pytest.mark.parametrize("stage", ["setup", "on_train_start"])
+@pytest.mark.parametrize("stage", ["setup", "on_fit_start"])
 def test_a_signal_before_the_first_batch_requeues_but_not_for_ever(
     job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
-    def out_of_time(self: ToyModule, *_: Any) -> None:
+    def out_of_time(self: ToyModule, *_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(ToyModule, stage, out_of_time)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_importing_it_needs_no_logger_and_no_data_library():
         "found = {'wandb', 'datasets', 'lightning', 'lerobot', 'gym_pusht', 'h5py', 'captum'}"
         "& set(sys.modules); assert not found, found"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_schema_of_the_shared_policies_is_what_these_tests_think():

@@ -141,7 +141,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert found == {step: [] for step in steps}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.fault(4)
 @pytest.mark.parametrize("world_size", [1, 2])
