@@ -171,7 +171,7 @@ def measure(browser: Browser, record: RunRecord, max_size_mib: float, n_rounds: 
     page, first_s = timed(make)
     _, again_s = timed(make)
     file = record.folder / f"report_{max_size_mib:g}.html"
-    file.write_text(page.html, encoding="utf-8")
+    page.write(file)
     rounds = [opening(browser, file.as_uri()) for _ in range(n_rounds)]
     return {
         "max_size_mib": max_size_mib,

@@ -19,7 +19,7 @@ from callbacks.run_config import CONFIG_FILE, ENVIRONMENT_FILE
 from callbacks.run_folder import CHECKPOINTS, MEDIA
 from callbacks.schedule import note_failure
 from callbacks.summary import REPORT_FILE, SUMMARY_FILE, RunSummary
-from policies.atomic_files import write_atomically
+from policies.atomic_files import whole_file
 from policies.json_files import MAX_BYTES, read_json
 from rendering.report.embedding import Encodings
 from rendering.report.page import MAX_SIZE_MIB, Page, facts, report_page
@@ -128,7 +128,8 @@ def write_report(
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     page = report_page(records, file.parent, max_size_mib, encodings)
-    write_atomically(file, page.html)
+    with whole_file(file) as unfinished:
+        page.write(unfinished)
     return page
 
 

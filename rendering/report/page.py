@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from rendering.report.embedding import KINDS, Encodings, Medium, choose, media_of
+from rendering.report.embedding import KINDS, Embedded, Encodings, Medium, choose, media_of
 from rendering.report.explanations import (
     HEADLINES,
     SECTIONS,
@@ -48,10 +48,21 @@ MIB = 2**20
 class Page:
     """A report, ready to be written."""
 
-    html: str
+    parts: tuple[str, ...]
+    """The page in pieces: joined, its pictures would be in memory once more."""
     size_bytes: int
     left_out: tuple[Medium, ...]
     """Files that would have been too much."""
+
+    @property
+    def html(self) -> str:
+        """The page in one piece."""
+        return "".join(self.parts)
+
+    def write(self, file: Path) -> None:
+        """Write the page in UTF-8, piece by piece."""
+        with file.open("wb") as out:
+            out.writelines(part.encode() for part in self.parts)
 
 
 def report_page(
@@ -90,15 +101,20 @@ def report_page(
         )
     chosen = choose(records, media, budget_bytes, encodings)
     encodings.forget_all_but(chosen)
-    blocks = "".join(_block(f"file-{n}", encodings, medium) for n, medium in enumerate(chosen))
+    blocks = [
+        part
+        for n, medium in enumerate(chosen)
+        for part in _block(f"file-{n}", encodings.read(medium))
+    ]
     for n, medium in enumerate(chosen):
         entries = data["runs"][medium.run]["media"][medium.step][medium.kind]
         entries[medium.key]["id"] = f"file-{n}"
-    size_bytes = len(bare.encode()) + len(blocks)
+    size_bytes = len(bare.encode()) + sum(map(len, blocks))
     page = _skeleton(records, data, max_size_mib, size_bytes, len(media) - len(chosen))
-    html = page.replace(_MEDIA_MARK, blocks)
+    before, _, after = page.partition(_MEDIA_MARK)
+    parts = (before, *blocks, after)
     left_out = tuple(medium for medium in media if medium not in set(chosen))
-    return Page(html, len(html.encode()), left_out)
+    return Page(parts, sum(len(part.encode()) for part in parts), left_out)
 
 
 def as_script_text(data: Any) -> str:
@@ -278,9 +294,8 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _block(name: str, encodings: Encodings, medium: Medium) -> str:
-    embedded = encodings.read(medium)
-    return f'<script type="{embedded.mime_type}" id="{name}">{embedded.text}</script>\n'
+def _block(name: str, embedded: Embedded) -> tuple[str, str, str]:
+    return f'<script type="{embedded.mime_type}" id="{name}">', embedded.text, "</script>\n"
 
 
 def _data(records: Sequence[RunRecord], folder: Path) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
 LIMIT_BYTES = 2**32
-"""That one process of cases may allocate on top of what it starts with: the machine outlives it.
+"""That one process of cases may allocate on top of what it starts with, and write into one file:
+the machine outlives it.
 A case that takes more than ``fuzzing.MEMORY_BYTES`` is a finding before that."""
 PACKAGES = ("torch", "numpy", "h5py", "pyarrow", "safetensors", "lerobot", "lightning")
 
@@ -81,17 +82,18 @@ def _child(name: str, n_cases: int, seed: int, first: int, results: Connection) 
     for outcome in outcomes(target, n_cases, seed, first):
         if not begun:
             # Not before the first case: it imports what the target needs.
-            _limit_memory()
+            _limit()
             begun = True
         results.send(outcome)
     results.close()
 
 
-def _limit_memory() -> None:
+def _limit() -> None:
     status = Path("/proc/self/status").read_text()
     used = next(line for line in status.splitlines() if line.startswith("VmData"))
     limit = int(used.split()[1]) * 1024 + LIMIT_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, LIMIT_BYTES))
 
 
 def main(args: Sequence[str] | None = None) -> None:
