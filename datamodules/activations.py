@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -33,6 +32,7 @@ from datamodules.activation_store import (
 )
 from datamodules.base import DemonstrationDataModule, chosen_episodes
 from datamodules.chunking import ChunkDataset
+from datamodules.loaders import SharedDataModule
 from datamodules.opening import (
     TrainingData,
     find_training_data,
@@ -40,7 +40,7 @@ from datamodules.opening import (
     training_data,
 )
 from datamodules.progress import progress_bar
-from datamodules.sampling import EvaluationBatchSampler, own_share
+from datamodules.sampling import EvaluationBatchSampler
 from datamodules.shuffle_buffer import Per, ShuffleBuffer, VectorDataset, VectorSampler
 from features.taps import Tap, find_tap, read_activations
 from features.token_sampling import Method, SampledTokens, TokenSampler
@@ -109,7 +109,7 @@ class PolicyActivations:
         return rounded(self.compute(frames), self._dtype)
 
 
-class ActivationDataModule(LightningDataModule):
+class ActivationDataModule(SharedDataModule):
     """Vectors that a policy computes while it looks at demonstrations.
 
     Episodes that the policy was trained on train here, too; of those that its run held out, a third
@@ -551,55 +551,22 @@ class ActivationDataModule(LightningDataModule):
                 self._train_sampler.set_epoch(trainer.current_epoch)
         shuffle = not getattr(trainer, "overfit_batches", 0)
         dataset = VectorDataset(buffer, self.seed if shuffle else None, self.batch_dtype)
-        return self._loader(dataset, self._train_sampler)
+        return self._loader(dataset, self._train_sampler, _whole)
 
     def val_dataloader(self) -> DataLoader:
         """Vectors of the validation episodes in order of time."""
         buffer = self._buffer_of("val")
         sampler = EvaluationBatchSampler(len(buffer), self.val_batch_size, self._rank, self._world)
-        return self._loader(VectorDataset(buffer, dtype=self.batch_dtype), sampler)
+        return self._loader(VectorDataset(buffer, dtype=self.batch_dtype), sampler, _whole)
 
     def test_dataloader(self) -> DataLoader:
         """As :meth:`val_dataloader`."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader:
-        """This rank's share of the validation vectors; together, ranks predict each once.
-
-        Through torch's own batch sampler: Lightning wraps it to know the indices of a batch.
-        """
-        buffer = self._buffer_of("val")
-        return DataLoader(
-            VectorDataset(buffer, dtype=self.batch_dtype),
-            sampler=own_share(len(buffer), self._rank, self._world),
-            batch_size=self.val_batch_size,
-            collate_fn=_whole,
-            generator=self._generator(),
-        )
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    def _loader(
-        self, dataset: VectorDataset, sampler: VectorSampler | EvaluationBatchSampler
-    ) -> DataLoader:
-        # Worker processes would each fill a buffer of their own.
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=0,
-            collate_fn=_whole,
-            generator=self._generator(),
-        )
-
-    def _generator(self) -> torch.Generator:
-        # A loader without one draws from the global generator, which must not depend on loaders.
-        return torch.Generator().manual_seed(self.seed)
+        """This rank's share of the validation vectors; together, ranks predict each once."""
+        dataset = VectorDataset(self._buffer_of("val"))
+        return self._share_loader(dataset, self.val_batch_size, _whole)
 
     def _resume_facts(self) -> dict[str, Any]:
         """Everything that decides which vectors a batch holds."""

@@ -11,14 +11,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from datamodules.chunking import ChunkDataset, whole_batch
 from datamodules.frame_store import FrameStore, FrameWriter, Storage, StoreShapes, build_store
-from datamodules.sampling import EpochBatchSampler, EvaluationBatchSampler, own_share
+from datamodules.loaders import SharedDataModule
+from datamodules.sampling import EpochBatchSampler, EvaluationBatchSampler
 from datamodules.statistics import compute_statistics
 from policies.interface import Batch, DataSchema, DataStatistics
 
@@ -45,7 +44,7 @@ class Source:
     """Episodes that the data set itself assigns to validation."""
 
 
-class DemonstrationDataModule(LightningDataModule):
+class DemonstrationDataModule(SharedDataModule):
     """Batches of demonstrations, whatever file they come from.
 
     The properties :attr:`data_schema`, :attr:`cameras` and the dimensions are known before
@@ -341,7 +340,7 @@ class DemonstrationDataModule(LightningDataModule):
             elif trainer is not None:
                 # Workers fetch the first batches before Lightning sets the epoch.
                 self._train_sampler.set_epoch(trainer.current_epoch)
-        return self._loader(self.train_dataset, self._train_sampler)
+        return self._loader(self.train_dataset, self._train_sampler, whole_batch, self.num_workers)
 
     def train_sampler(self, shuffle: bool, rank: int, world_size: int) -> EpochBatchSampler:
         """Order of the training samples; made once per run."""
@@ -362,50 +361,19 @@ class DemonstrationDataModule(LightningDataModule):
         sampler = EvaluationBatchSampler(
             len(self.val_dataset), self.val_batch_size, self._rank, self._world
         )
-        return self._loader(self.val_dataset, sampler)
+        return self._loader(self.val_dataset, sampler, whole_batch, self.num_workers)
 
     def test_dataloader(self) -> DataLoader | list:
         """As :meth:`val_dataloader`."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader | list:
-        """This rank's share of the held-out samples; together, ranks predict each sample once.
-
-        Through torch's own batch sampler: Lightning wraps it to know the indices of a batch.
-        """
+        """This rank's share of the held-out samples; together, ranks predict each sample once."""
         if self.val_dataset is None:
             return []
-        return DataLoader(
-            self.val_dataset,
-            sampler=own_share(len(self.val_dataset), self._rank, self._world),
-            batch_size=self.val_batch_size,
-            num_workers=self.num_workers,
-            collate_fn=whole_batch,
-            generator=self._generator(),
+        return self._share_loader(
+            self.val_dataset, self.val_batch_size, whole_batch, self.num_workers
         )
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    def _loader(
-        self, dataset: ChunkDataset, sampler: EpochBatchSampler | EvaluationBatchSampler
-    ) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=whole_batch,
-            generator=self._generator(),
-        )
-
-    def _generator(self) -> torch.Generator:
-        # A loader without one draws from the global generator, which must not depend on loaders.
-        return torch.Generator().manual_seed(self.seed)
 
     def _resume_facts(self) -> dict[str, Any]:
         """Everything that decides which samples a batch holds."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from datamodules.layouts import HDF5_SUFFIXES
 from datamodules.progress import progress_bar
 from policies.atomic_files import sync
 
@@ -26,7 +27,6 @@ FILE_VERSION = ("v110", "v110")
 no tree of chunks."""
 
 _PSNR_FRAMES = 24
-_HDF5_SUFFIXES = (".hdf5", ".h5")
 _DEMOS_FILE = "demos.hdf5"
 
 
@@ -634,7 +634,7 @@ def run(args: argparse.Namespace) -> int:
             args.overwrite,
         )
     else:
-        file = target if target.suffix in _HDF5_SUFFIXES else target / _DEMOS_FILE
+        file = target if target.suffix in HDF5_SUFFIXES else target / _DEMOS_FILE
         conversion = write_demos(source, file, args.fps, args.task, args.overwrite)
     print(report(conversion, args.to, args.video))
     sys.stdout.flush()

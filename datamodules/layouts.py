@@ -19,6 +19,8 @@ from h5py import h5l  # pyright: ignore[reportAttributeAccessIssue]
 
 from datamodules.errors import DatasetError, Problem
 
+HDF5_SUFFIXES = (".hdf5", ".h5")
+
 _SOFT_LINK_DEPTH = 16
 
 

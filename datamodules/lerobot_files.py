@@ -27,6 +27,7 @@ from jaxtyping import Float32, Float64, UInt8
 
 from datamodules.checksums import links_within
 from datamodules.errors import DatasetError, Problem
+from datamodules.layouts import HDF5_SUFFIXES
 from datamodules.scan import PICTURE_LIMIT_PX, decode_picture
 from policies.json_files import parse_json
 from policies.safe_paths import inside
@@ -194,7 +195,7 @@ def _naming_damage(file: Path, key: str, what: str) -> Iterator[None]:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name that is no path here may be a data set on the hub."""
-    return bool(_HUB_ID.fullmatch(name)) and not name.endswith((".hdf5", ".h5"))
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(HDF5_SUFFIXES)
 
 
 def find_folder(repo_id: str, root: str | None = None, revision: str | None = None) -> Path:

@@ -19,7 +19,7 @@ from h5py import h5d, h5g, h5l, h5p, h5s, h5t, h5z  # pyright: ignore[reportAttr
 from datamodules.checksums import list_beside
 from datamodules.convert import FILE_VERSION, build_beside, refuse_overlap
 from datamodules.errors import DatasetError, Problem
-from datamodules.layouts import ForeignStorageError, HDF5Schema, find_files
+from datamodules.layouts import HDF5_SUFFIXES, ForeignStorageError, HDF5Schema, find_files
 from datamodules.progress import progress_bar
 from datamodules.scan import (
     H5PY_ERRORS,
@@ -42,7 +42,6 @@ _SLAB_BYTES = 16 * 2**20
 _OBJECT_LIMIT = 10**6
 _GROWN_LIMIT = 10**7
 """Chunks of a data set at its largest: HDF5 writes a table of them all."""
-_SUFFIXES = (".hdf5", ".h5")
 
 _Name = str | bytes
 """Bytes where they are no UTF-8."""
@@ -85,7 +84,7 @@ def repack(source: Path, target: Path, overwrite: bool = False, progress: bool =
     if not source.exists():
         problem = Problem(str(source), "", "no such file or folder", "check the path")
         raise DatasetError(source, [problem])
-    if source.is_file() and target.suffix not in _SUFFIXES:
+    if source.is_file() and target.suffix not in HDF5_SUFFIXES:
         target = target / source.name
     refuse_overlap(str(source), target)
     files = find_files(source, HDF5Schema(files=("**/*.hdf5", "**/*.h5")))
@@ -106,7 +105,7 @@ def repack(source: Path, target: Path, overwrite: bool = False, progress: bool =
         return there.is_file() or (
             source.is_dir()
             and all(
-                f.suffix in _SUFFIXES or f.is_dir() or f == list_beside(there)
+                f.suffix in HDF5_SUFFIXES or f.is_dir() or f == list_beside(there)
                 for f in there.rglob("*")
             )
         )

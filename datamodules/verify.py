@@ -13,7 +13,7 @@ import h5py
 
 from datamodules import checksums
 from datamodules.errors import DatasetError, Problem, problem_lines
-from datamodules.layouts import ForeignStorageError
+from datamodules.layouts import HDF5_SUFFIXES, ForeignStorageError
 from datamodules.progress import progress_bar
 from datamodules.scan import (
     H5PY_ERRORS,
@@ -30,7 +30,6 @@ from datamodules.scan import (
 )
 
 _FLETCHER32 = 3
-_SUFFIXES = (".hdf5", ".h5")
 
 
 @dataclass
@@ -76,7 +75,7 @@ def verify(path: Path, progress: bool = True) -> Verification:
     caches = sorted(file.parent for file in files if file.name == checksums.CACHE_MANIFEST)
     found = Verification(path, len(files), sum(file.stat().st_size for file in files))
     listed = checksums.list_beside(path)
-    hdf5 = [file for file in files if file.suffix in _SUFFIXES]
+    hdf5 = [file for file in files if file.suffix in HDF5_SUFFIXES]
     total = found.nbytes * (listed.is_file() + bool(caches))
     total += sum(file.stat().st_size for file in hdf5)
     with progress_bar("Comparing checksums", total, progress) as advance:

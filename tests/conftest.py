@@ -56,6 +56,23 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return 0 if all(path.is_file() for path in named) else None
 
 
+@pytest.fixture(autouse=True)
+def _every_test_leaves_the_working_directory() -> Iterator[None]:
+    # Else the tests that this worker runs next meet another test's files, or none at all.
+    before = Path.cwd()
+    yield
+    assert Path.cwd() == before
+
+
+@pytest.fixture
+def without_wandb_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be nobody to W&B, with none of its settings in the environment."""
+    for name in ("API_KEY", "BASE_URL", "CACHE_DIR", "DATA_DIR", "DIR", "MODE", "SILENT"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator["Browser"]:
     """A headless Chromium; tests that need one are skipped where there is none.

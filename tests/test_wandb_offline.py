@@ -26,23 +26,7 @@ from callbacks.schedule import Diagnostic
 from policies.checkpoint_files import read_checkpoint
 from policies.interface import Findings, Table
 
-VARIABLES = (
-    "WANDB_API_KEY",
-    "WANDB_BASE_URL",
-    "WANDB_CACHE_DIR",
-    "WANDB_DATA_DIR",
-    "WANDB_DIR",
-    "WANDB_MODE",
-    "WANDB_SILENT",
-)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+pytestmark = pytest.mark.usefixtures("without_wandb_account")
 
 
 def train(

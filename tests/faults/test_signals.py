@@ -92,11 +92,10 @@ def test_a_sigterm_that_first_comes_while_a_checkpoint_is_written(
             os.kill(os.getpid(), signal.SIGTERM)
         save(content, file)
 
-    monkeypatch.setattr(torch, "save", interrupted_save)
-    assert exit_code("fit", "-c", "toy.yaml") == train.EXIT_TERMINATED
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", interrupted_save)
+        assert exit_code("fit", "-c", "toy.yaml") == train.EXIT_TERMINATED
     assert step_of(here) == 4
-    monkeypatch.undo()
-    os.chdir(here)
     assert exit_code("fit", "-c", "toy.yaml", "--ckpt_path", "last") == 0
     assert step_of(here) == 12
 

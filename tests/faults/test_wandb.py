@@ -24,24 +24,9 @@ from callbacks.checkpoints import AtomicCheckpointIO
 from callbacks.dashboard import Dashboard
 from callbacks.loggers import WANDB_ERRORS, CsvLog, WandbLog, read_metrics
 
+pytestmark = pytest.mark.usefixtures("without_wandb_account")
+
 STEPS = 8
-VARIABLES = (
-    "WANDB_API_KEY",
-    "WANDB_BASE_URL",
-    "WANDB_CACHE_DIR",
-    "WANDB_DATA_DIR",
-    "WANDB_DIR",
-    "WANDB_MODE",
-    "WANDB_SILENT",
-)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
 
 
 def train(folder: Path, *callbacks: Callback, **settings: Any) -> tuple[WandbLog, list[str]]:
