@@ -61,6 +61,7 @@ from callbacks.loggers import CSV_FILE, CsvLog, WandbLog
 from callbacks.non_finite import NonFiniteStop
 from callbacks.progress import RunProgress
 from callbacks.report import Report
+from callbacks.resources import Resources
 from callbacks.run_config import (
     CONFIG_FILE,
     RunConfig,
@@ -367,6 +368,7 @@ class TrainCLI(LightningCLI):
             RunConfig(self._config_text, ["python", "train.py", *self._words]),
             ExactResume(),
             NonFiniteStop(),
+            Resources(),
             Dashboard(),
             Report(),
             RunSummary(),

@@ -30,8 +30,9 @@ import psutil
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from callbacks.resources import MIB, held
+
 ROOT = Path(__file__).resolve().parents[1]
-MIB = 2**20
 WARM_SHARE = 0.25
 """Part of the run at its start in which caches fill and first pictures are made."""
 FLAT_SHARE = 0.05
@@ -65,24 +66,6 @@ def folder_mib(folder: Path, without: tuple[str, ...] = ()) -> float:
                 continue
             seen[facts.st_dev, facts.st_ino] = facts.st_blocks * 512
     return sum(seen.values()) / MIB
-
-
-def held(process: psutil.Process) -> dict[str, float]:
-    """Return what a process and its children hold."""
-    names = ("memory_training_mib", "memory_children_mib", "open_files", "threads", "processes")
-    total: dict[str, float] = {name: 0.0 for name in names}
-    for each in [process, *process.children(recursive=True)]:
-        part = "memory_training_mib" if each.pid == process.pid else "memory_children_mib"
-        try:
-            with each.oneshot():
-                total[part] += each.memory_full_info().pss / MIB
-                total["open_files"] += each.num_fds()
-                total["threads"] += each.num_threads()
-                total["processes"] += 1
-        except psutil.Error:
-            continue  # It ended while we looked.
-    total["memory_mib"] = total["memory_training_mib"] + total["memory_children_mib"]
-    return total
 
 
 def on_disk(run: Path, temporary: Path) -> dict[str, float]:

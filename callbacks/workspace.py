@@ -37,7 +37,17 @@ METRICS = "metrics"
 BOUNDS = ("_low", "_high")
 """Endings of the two ends of an interval, which share the panel of their middle."""
 
-ORDER = ("rollout", "landscape", "attention", "features", "val", "train", "diagnostics", "other")
+ORDER = (
+    "rollout",
+    "landscape",
+    "attention",
+    "features",
+    "val",
+    "train",
+    "diagnostics",
+    "resources",
+    "other",
+)
 """Sections from what a policy does to what looking at it costs."""
 OPEN = ("rollout", "landscape")
 """Sections that W&B shows unfolded: every open panel is loaded at once."""
@@ -78,6 +88,8 @@ PANELS = (
     (r"diagnostics/(?:errors|share)", r"\g<0>"),
     (r"diagnostics/\w+_s", r"diagnostics/seconds"),
     (r"diagnostics/\w+_(share|skipped)", r"diagnostics/\1 of each"),
+    (r"resources/memory_\w*mib", r"resources/memory_mib"),
+    (r"resources/(?:open_files|threads|processes)", r"resources/files, threads, processes"),
 )
 """Names that share a panel, and its title; the first that fits counts. Panels stand in this order;
 a name that none fits has a panel of its own, after them."""

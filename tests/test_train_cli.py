@@ -15,7 +15,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "callbacks"))
 
-from toy import same
+from toy import repeatable, same
 
 import train
 from callbacks.loggers import read_metrics
@@ -132,13 +132,7 @@ def test_last_goes_on_in_the_same_folder_as_if_never_stopped(here: Path) -> None
     )
     for key in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
         assert same(one[key], other[key], key) == []
-    mine, theirs = (
-        [
-            {key: value for key, value in row.items() if not key.startswith("diagnostics")}
-            for row in read_metrics(folder / "metrics.csv")
-        ]
-        for folder in (run, whole.run_folder)
-    )
+    mine, theirs = (repeatable(folder / "metrics.csv") for folder in (run, whole.run_folder))
     assert mine == theirs, "the record has no gap and no repetition"
 
 
@@ -162,13 +156,7 @@ def test_an_interrupted_validation_is_made_up_for(
     rows = [row for row in read_metrics(run / "metrics.csv") if "val/loss" in row]
     assert [row["step"] for row in rows] == list(range(4, step, 4)), "not measured yet"
     train.main(["fit", "-c", "toy.yaml", "--ckpt_path", "last"])
-    mine, theirs = (
-        [
-            {key: value for key, value in row.items() if not key.startswith("diagnostics")}
-            for row in read_metrics(folder / "metrics.csv")
-        ]
-        for folder in (run, whole.run_folder)
-    )
+    mine, theirs = (repeatable(folder / "metrics.csv") for folder in (run, whole.run_folder))
     assert mine == theirs
     assert all("shout/loudness" in row for row in mine if "val/loss" in row)
     one, other = (

@@ -79,6 +79,10 @@ SECTIONS = {
         "What a sparse autoencoder finds in the policy's activations on held-out episodes.",
     ),
     "diagnostics": ("Diagnostics", "What looking costs, in seconds and as a share of the time."),
+    "resources": (
+        "Resources",
+        "What the run holds on its machine; a line that keeps rising is a leak.",
+    ),
     "other": ("Other", "Everything else that was logged."),
 }
 """Key to title and one sentence, in the order of the page."""
@@ -98,6 +102,7 @@ SECTION_OF_PREFIX = {
     "counterfactual": "attention",
     "features": "features",
     "diagnostics": "diagnostics",
+    "resources": "resources",
 }
 """First word of a name to its section."""
 
@@ -497,6 +502,11 @@ MEANINGS = (
     (r"diagnostics/.+_s", "Time of one diagnostic, s."),
     (r"diagnostics/.+_share", "Its share of the wall time."),
     (r"diagnostics/.+_skipped", "1 where it sat this checkpoint out."),
+    (r"resources/memory_mib", "Memory of all processes of the run, pages that they share once."),
+    (r"resources/memory_training_mib", "Of it, the process that trains."),
+    (r"resources/memory_children_mib", "Of it, what that process started: W&B, workers."),
+    (r"resources/(open_files|threads|processes)", "Of all processes of the run."),
+    (r"resources/disk_free_gib", "Room left on the disk of the run folder."),
 )
 """Whole name of a number, and what it means; the first that fits counts."""
 

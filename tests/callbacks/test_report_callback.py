@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from toy import repeatable
 
 import train
 from callbacks.dashboard import ERROR_FILE, Dashboard
@@ -155,18 +156,12 @@ def test_a_disk_that_takes_neither_page_nor_traceback_stops_nothing(
 
 
 def test_it_changes_nothing_in_training(here: Path) -> None:
-    def numbers(run: Path) -> list[dict[str, float]]:
-        rows = read_metrics(run / "metrics.csv")
-        return [
-            {key: value for key, value in row.items() if not key.startswith("diagnostics/")}
-            for row in rows
-        ]
-
     with_page = fit("--name", "with")
     without = fit("--name", "without", with_callback("callbacks.report.Report", enabled=False))
     assert not (without / REPORT_FILE).exists()
     assert json.loads((without / "summary.json").read_text())["report"] is None
-    assert numbers(with_page) == numbers(without)
+    mine, theirs = (repeatable(run / "metrics.csv") for run in (with_page, without))
+    assert mine == theirs
 
 
 def test_a_validation_of_its_own_has_a_report(here: Path) -> None:

@@ -7,6 +7,7 @@ with warm-up and cosine; batches are the project's own :class:`Batch`.
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from callbacks.loggers import read_metrics
 from callbacks.schedule import Diagnostic
 from policies.interface import Batch, Findings, Observation, Table
 
@@ -345,3 +347,15 @@ def same(one: Any, other: Any, where: str = "") -> list[str]:
             for d in same(a, b, f"{where}[{i}]")
         ]
     return [] if one == other else [where]
+
+
+def repeatable(file: Path) -> list[dict[str, float]]:
+    """Read the rows of a run without times and sizes, which differ each time."""
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(("diagnostics/", "resources/"))
+        }
+        for row in read_metrics(file)
+    ]
