@@ -502,7 +502,7 @@ MEANINGS = (
     (r"diagnostics/.+_s", "Time of one diagnostic, s."),
     (r"diagnostics/.+_share", "Its share of the wall time."),
     (r"diagnostics/.+_skipped", "1 where it sat this checkpoint out."),
-    (r"resources/memory_mib", "Memory of all processes of the run, pages that they share once."),
+    (r"resources/memory_mib", "Memory of all processes of the run; shared pages count once."),
     (r"resources/memory_training_mib", "Of it, the process that trains."),
     (r"resources/memory_children_mib", "Of it, what that process started: W&B, workers."),
     (r"resources/(open_files|threads|processes)", "Of all processes of the run."),

@@ -224,10 +224,14 @@ def outcomes(
     """
     corpus = corpus_of(target)
     known: set[str] = set()
+    begin = -len(corpus) if first is None else first
+    # The first one also imports and makes what all of them need, from source perhaps.
+    unhurried = replace(target, limit_s=target.limit_s * 20)
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
-        for number in range(-len(corpus) if first is None else first, n_cases):
+        for number in range(begin, n_cases):
             file, case = corpus[number] if number < 0 else (None, case_of(target, seed, number))
-            outcome = _outcome(target, case, number, Path(folder) / "case")
+            at = unhurried if number == begin else target
+            outcome = _outcome(at, case, number, Path(folder) / "case")
             if outcome.verdict == "finding" and outcome.error not in known:
                 known.add(outcome.error)
                 kept_as = keep(target, case) if file is None else file.name
