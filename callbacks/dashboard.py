@@ -196,6 +196,11 @@ class Dashboard(Callback):
                 )
         self._owners |= dict.fromkeys(claimed, name)
 
+    @property
+    def has_media(self) -> bool:
+        """Whether a diagnostic drew something that is not logged yet."""
+        return self._media != Findings()
+
     def note(self, metrics: Mapping[str, float]) -> None:
         """Add numbers about the diagnostics themselves to the next row."""
         self._metrics |= metrics

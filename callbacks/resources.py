@@ -1,5 +1,7 @@
 """What a run holds on its machine: over days, none of it may keep growing."""
 
+import ctypes
+import gc
 import shutil
 from typing import override
 
@@ -18,6 +20,10 @@ class Resources(Callback):
     They are those of the first process and of all that it started (other processes of a node, W&B),
     after the diagnostics; ``resources/disk_free_gib`` is what the run folder's disk has left.
 
+    Before it looks, and where diagnostics drew something, what they left behind is freed and given
+    back to the system: else Python collects its cycles, pictures among them, whenever it comes to
+    it, and glibc keeps what is free between blocks that are not.
+
     Args:
         min_free_gib: Warns once when the disk has less left, in GiB; 0 never warns.
     """
@@ -30,6 +36,8 @@ class Resources(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if Dashboard.of(trainer).has_media:
+            give_back_memory()
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         free_gib = shutil.disk_usage(trainer.default_root_dir).free / GIB
@@ -41,6 +49,14 @@ class Resources(Callback):
                 f"{trainer.default_root_dir}: the disk has {free_gib:.2f} GiB left; make room, or "
                 "the next checkpoint may not fit"
             )
+
+
+def give_back_memory() -> None:
+    """Free what only cycles hold, and return it to the system where the C library can (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def held(process: psutil.Process) -> dict[str, float]:

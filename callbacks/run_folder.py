@@ -86,14 +86,18 @@ def create_run_folder(
         ) from error
 
 
-def named_folder(output_dir: str | os.PathLike[str], name: str) -> Path:
+def named_folder(output_dir: str | os.PathLike[str] | None, name: str | None) -> Path:
     """Return the folder that holds all runs of one name.
 
     Raises:
-        RunFolderError: If the name would leave ``output_dir``.
+        RunFolderError: If there is no folder or no name, as a config with an empty value gives, or
+            the name would leave ``output_dir``.
     """
+    if output_dir is None:
+        raise RunFolderError("output_dir: is null; give the folder of all runs, e.g. outputs")
     if (
-        not name.strip()
+        name is None
+        or not name.strip()
         or name in {".", ".."}
         or any(c in "/\\" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
     ):

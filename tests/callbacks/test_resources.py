@@ -1,5 +1,6 @@
 """What a run holds is in each validation's row."""
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer
-from toy import ToyData, ToyModule
+from toy import Shout, ToyData, ToyModule
 
 from callbacks.dashboard import Dashboard
 from callbacks.loggers import CsvLog, read_metrics
@@ -70,6 +71,26 @@ def test_memory_shows_and_whose_it_is(tmp_path: Path) -> None:
         assert row["resources/memory_mib"] == pytest.approx(
             row["resources/memory_training_mib"] + row["resources/memory_children_mib"]
         )
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+@pytest.mark.parametrize("leave", ["holes", "cycle"])
+def test_what_diagnostics_left_behind_is_given_back(tmp_path: Path, leave: str) -> None:
+    """What only a cycle holds, and what lies between blocks that stay."""
+    take = {"holes": leave_holes, "cycle": leave_cycle}[leave]
+    before, after = rows_of(tmp_path, Hold(take), Shout(), Resources())
+    grown_mib = after["resources/memory_training_mib"] - before["resources/memory_training_mib"]
+    assert grown_mib < SIZE_MIB / 3
+
+
+def leave_holes() -> list[bytes]:
+    blocks = [bytes([n % 256]) * 1024 for n in range(SIZE_MIB * 1024)]
+    return blocks[::100]
+
+
+def leave_cycle() -> None:
+    cycle: list[Any] = [b"\1" * SIZE_MIB * MIB]
+    cycle.append(cycle)
 
 
 def test_what_the_run_started_counts(tmp_path: Path) -> None:
