@@ -100,18 +100,18 @@ def convolve_and_normalise(x: Tensor, convolution: nn.Conv2d, norm: nn.Module) -
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(convolution(x))
-    gain, shift = norm.get_buffer("weight"), norm.get_buffer("bias")
-    scale = gain * (norm.get_buffer("running_var") + norm.eps).rsqrt()
-    bias = shift - norm.get_buffer("running_mean") * scale
+    gain, shift, mean, variance = (
+        norm.get_buffer(name) for name in ("weight", "bias", "running_mean", "running_var")
+    )
     weight = convolution.weight
     stride_px = convolution.stride[0] * convolution.stride[1]
     n_out = x.shape[0] * x.shape[2] * x.shape[3] // stride_px * weight.shape[0]
-    if n_out > weight.numel():
-        folded = weight * scale[:, None, None, None]
-        return convolve(x, folded.to(x.dtype), bias.to(x.dtype), convolution)
-    out = convolve(x, weight.to(x.dtype), None, convolution)
-    scale, bias = (each[:, None, None].to(out.dtype) for each in (scale, bias))
-    return torch.addcmul(bias, out, scale)
+    if n_out <= weight.numel():
+        out = convolve(x, weight.to(x.dtype), None, convolution)
+        return F.batch_norm(out, mean, variance, gain, shift, eps=norm.eps)
+    scale = gain * (variance + norm.eps).rsqrt()
+    folded, bias = weight * scale[:, None, None, None], shift - mean * scale
+    return convolve(x, folded.to(x.dtype), bias.to(x.dtype), convolution)
 
 
 class FoldedBasicBlock(torchvision_resnet.BasicBlock):
