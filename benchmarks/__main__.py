@@ -530,13 +530,16 @@ def _fill_in(words: tuple[str, ...], given: Mapping[str, Any]) -> list[str] | No
 
 def _note(name: str, commands: list[str], load_before: float) -> None:
     """Keep when, where and with what a comparison was run."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    # What this writes itself does not change what is measured.
+    others = ["--", ":/", ":!benchmarks/results", ":!docs/benchmarks.md"]
+    commit, changes = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", *others])
     )
     document = _read(PROVENANCE) or {}
     document[name] = {
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": (commit or "unknown") + ("-dirty" if changes else ""),
         "commands": commands,
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
