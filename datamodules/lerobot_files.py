@@ -51,6 +51,16 @@ _LEAVE_OUT = "leave the episode out with episodes:, or record it again"
 _V30_TAG = "v3.0"
 _VERSIONS = ("v3.0",)
 """Of the format, that are read. A later one may mean something else by the same names."""
+_DAMAGE = (
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What libraries raise, besides errors of their own, when a file is damaged."""
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _TEMPLATE_FIELDS = {"video_key", "chunk_index", "file_index"}
 _DEFAULT_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -177,18 +187,7 @@ def _naming_damage(file: Path, key: str, what: str) -> Iterator[None]:
         yield
     except DatasetError:
         raise
-    except (
-        pa.ArrowException,
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (pa.ArrowException, AssertionError, AttributeError, *_DAMAGE) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise refusal(file, key, f"is damaged or no {what} ({reason})", _AGAIN) from error
 
@@ -850,16 +849,7 @@ def _film_errors() -> tuple[type[Exception], ...]:
     """What PyAV raises when a film is damaged; which one depends on the place of the damage."""
     from av.error import FFmpegError
 
-    return (
-        FFmpegError,
-        ArithmeticError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    )
+    return (FFmpegError, *_DAMAGE)
 
 
 def _reason(error: Exception) -> str:

@@ -594,18 +594,25 @@ def _building(source: Path, policy_type: Any) -> Iterator[None]:
         LeRobotFormatError: In place of whatever it raises.
     """
     _run_no_remote_code()
-    with extras_explained(source, str(policy_type)):
-        try:
-            yield
-        except (ImportError, LeRobotFormatError):
-            raise
-        except Exception as error:  # each type has its own ways to refuse its settings
-            raise LeRobotFormatError(
-                source,
-                f"LeRobot cannot make a policy of it ({type(error).__name__}: "
-                f"{shorten(str(error), 300)})",
-                "Check the config, or copy it again",
-            ) from error
+    refused = _refused(source, "make a policy of it", "Check the config, or copy it again")
+    with extras_explained(source, str(policy_type)), refused:
+        yield
+
+
+@contextlib.contextmanager
+def _refused(source: Path, what: str, mend: str) -> Iterator[None]:
+    """Say what LeRobot cannot do; each of its types and steps has its own ways to refuse.
+
+    Raises:
+        LeRobotFormatError: In place of whatever it raises, but a package that is missing.
+    """
+    try:
+        yield
+    except (ImportError, LeRobotFormatError):
+        raise
+    except Exception as error:
+        problem = f"LeRobot cannot {what} ({type(error).__name__}: {shorten(str(error), 300)})"
+        raise LeRobotFormatError(source, problem, mend) from error
 
 
 def _run_no_remote_code() -> None:
@@ -674,22 +681,13 @@ def _read_processors(
         # A policy saved on a GPU must load without one.
         moves = any(step["registry_name"] == "device_processor" for step in pipeline["steps"])
         overrides.append({"device_processor": {"device": "cpu"}} if moves else {})
-    try:
+    with _refused(folder, "read its processors", "Copy the whole folder again"):
         return make_pre_post_processors(
             config,
             pretrained_path=str(folder),
             preprocessor_overrides=overrides[0],
             postprocessor_overrides=overrides[1],
         )
-    except ImportError:
-        raise
-    except Exception as error:  # each step has its own ways to refuse its settings
-        raise LeRobotFormatError(
-            folder,
-            f"LeRobot cannot read its processors ({type(error).__name__}: "
-            f"{shorten(str(error), 300)})",
-            "Copy the whole folder again",
-        ) from error
 
 
 def _refuse_foreign_code(policy_type: Any, source: Path) -> None:

@@ -109,12 +109,14 @@ def report_page(
     for n, medium in enumerate(chosen):
         entries = data["runs"][medium.run]["media"][medium.step][medium.kind]
         entries[medium.key]["id"] = f"file-{n}"
-    size_bytes = len(bare.encode()) + sum(map(len, blocks))
+    files_bytes = sum(map(len, blocks))  # Base64 and tags: a byte a letter.
+    size_bytes = len(bare.encode()) + files_bytes
     page = _skeleton(records, data, max_size_mib, size_bytes, len(media) - len(chosen))
     before, _, after = page.partition(_MEDIA_MARK)
-    parts = (before, *blocks, after)
-    left_out = tuple(medium for medium in media if medium not in set(chosen))
-    return Page(parts, sum(len(part.encode()) for part in parts), left_out)
+    taken = set(chosen)
+    left_out = tuple(medium for medium in media if medium not in taken)
+    size_bytes = len(before.encode()) + files_bytes + len(after.encode())
+    return Page((before, *blocks, after), size_bytes, left_out)
 
 
 def as_script_text(data: Any) -> str:
