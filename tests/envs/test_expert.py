@@ -8,6 +8,7 @@ from envs.expert import (
     Pose,
     PushTExpert,
     block_error,
+    corners_of,
     distance_to_block,
 )
 from envs.push_t import GOAL_POSE, PushT
@@ -92,7 +93,7 @@ def test_other_goals_are_reached_too(env):
     errors = []
     for _ in range(200):
         state = env.state()
-        errors.append(float(block_error(state[2:], Pose(*goal))))
+        errors.append(float(block_error(corners_of(state[2:]), Pose(*goal))))
         env.step(expert.act(state, env.agent_velocity()))
     assert errors[0] > 50
     assert min(errors) < 3
@@ -116,8 +117,8 @@ def test_the_planning_space_foresees_what_gym_pusht_does(env):
     env.reset_to(np.array([*start, *pose]))
     for step in range(1, 30):
         env.step(start + min(9.0 * step, 90.0) * heading)
-    assert block_error(foreseen[-1, 1], pose) > 20
-    assert block_error(env.state()[2:], Pose(*foreseen[-1, 1])) < 1.0
+    assert block_error(corners_of(foreseen[-1, 1]), pose) > 20
+    assert block_error(corners_of(env.state()[2:]), Pose(*foreseen[-1, 1])) < 1.0
     np.testing.assert_allclose(foreseen[-1, [0, 2]], [pose, pose], atol=1e-9)
 
 
@@ -134,7 +135,7 @@ def test_pushes_start_free_of_the_block_and_head_for_it():
 
 
 def test_the_goal_has_no_error():
-    assert block_error(np.array(GOAL_POSE), Pose(*GOAL_POSE)) == 0.0
+    assert block_error(corners_of(np.array(GOAL_POSE)), Pose(*GOAL_POSE)) == 0.0
 
 
 @pytest.mark.parametrize("wrong", [{"push_speed": (9.0, 3.0)}, {"plan_noise": -1.0}])

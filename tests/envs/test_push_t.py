@@ -64,6 +64,30 @@ def test_rendering_is_gym_pushts_to_the_pixel(gym_env, size):
         np.testing.assert_array_equal(env.observe()["images"]["image"], gym_env._render())
 
 
+@pytest.mark.parametrize("goal_pose", [GOAL_POSE, (200.0, 310.0, 2.0)])
+def test_a_played_episode_is_drawn_as_gym_pusht_does(goal_pose):
+    """Through contacts, over the goal and against the walls, on one board after another."""
+    env = PushT(goal_pose=goal_pose)
+    generator = np.random.default_rng(1)
+    n_colors = set()
+    for start in ([256, 320, 256, 280, 0.3], [60, 250, 90, 200, 1.5], [470, 470, 440, 400, -2.0]):
+        env.reset_to(np.array(start))
+        for _ in range(12):
+            env.step(generator.uniform(0, 512, 2))
+            board = np.frombuffer(env._env._draw().get_buffer(), np.uint8).reshape(512, 512, 4)
+            np.testing.assert_array_equal(env.image(512), board[:, :, 2::-1])
+            n_colors.add(len(np.unique(board.reshape(-1, 4), axis=0)))
+    assert max(n_colors) > min(n_colors), "no contact was drawn"
+    assert (env.pictures_without("agent")["image"] != without_goal(env)).any()
+    np.testing.assert_array_equal(env.pictures_without("goal")["image"], without_goal(env))
+
+
+def without_goal(env: PushT) -> np.ndarray:
+    spare = PushT(goal_pose=(-1000.0, -1000.0, 0.0))
+    spare.reset_to(env.state())
+    return spare.image()
+
+
 def test_steps_are_gym_pushts_to_the_bit(env, gym_env):
     env.reset(seed=5)
     gym_env.reset(seed=5)
