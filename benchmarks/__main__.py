@@ -43,6 +43,7 @@ class Comparison:
 
 COMPARISONS = (
     Comparison("batches", (("--hdf5", "{hdf5}", "--lerobot", "{lerobot}"),)),
+    Comparison("push_t_steps", quick=("--rounds", "1", "--n_steps", "60")),
     Comparison("lerobot_fill", (("--dataset_repo_id", "{lerobot}"),)),
     Comparison("act_step"),
     Comparison("act_inference"),
@@ -206,6 +207,11 @@ def _batches(found: Any) -> Measured:
     )
 
 
+def _push_t_steps(found: Any) -> Measured:
+    steps = found["cpu_ms_per_step"]
+    return _ratio(Spread.of(steps["ours"]), Spread.of(steps["gym-pusht"]))
+
+
 def _batches_from_films(found: Any) -> Measured:
     chunk = found["chunk_100"]
     return _ratio(
@@ -324,6 +330,15 @@ ROWS = (
         "landscapes",
         lambda found: _own(_landscape("100x100")(found).ours),
         lambda cpu_s: cpu_s <= 0.36,
+    ),
+    Row(
+        "a step of PushT with its picture, 96 px",
+        "gym-pusht 0.1.8",
+        "CPU-ms",
+        "at least 3x (our own)",
+        "push_t_steps",
+        _push_t_steps,
+        lambda ratio: ratio >= 3,
     ),
     Row(
         "drawing a frame, 480 px",
