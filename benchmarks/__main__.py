@@ -335,7 +335,7 @@ ROWS = (
         "a step of PushT with its picture, 96 px",
         "gym-pusht 0.1.8",
         "CPU-ms",
-        "at least 3x (our own)",
+        "at least 3x",
         "push_t_steps",
         _push_t_steps,
         lambda ratio: ratio >= 3,
