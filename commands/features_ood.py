@@ -101,7 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     task = feature_inputs.task_of(arguments, subject.view)
     if arguments.n_rollouts and task is None:
-        raise ValueError(f"--task {arguments.task}: does not show what the policy sees")
+        raise ValueError(
+            f"--task {arguments.task}: does not show what the policy sees; give the task that it "
+            "was trained on, or --n_rollouts 0"
+        )
     if not subject.view.data_schema.cameras:
         raise ValueError("the policy has no camera, and what is perturbed are pictures")
     n_numbers = len(subject.data.tokens.positions) * subject.data.tap.dim

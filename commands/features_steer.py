@@ -150,7 +150,8 @@ def run(arguments: argparse.Namespace) -> int:
         if task is None:
             raise ValueError(
                 f"--task {arguments.task}: does not show what the policy sees, so it cannot act "
-                "there; leave --latents out for open loop alone"
+                "there; give the task that it was trained on, or leave --latents out for open loop "
+                "alone"
             )
         env = task.make()
         env.close()
