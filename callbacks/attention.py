@@ -1,6 +1,5 @@
 """Where the policy looks at checkpoints, what that does to its actions, and whether it is true."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from envs.task import Task
 from policies.act import ACTPolicy
 from policies.atomic_files import write_atomically
 from policies.interface import Batch, Findings, PolicyView, in_unit
+from policies.json_files import json_text
 from rendering.attention import (
     AttentionStyle,
     attention_frames,
@@ -199,7 +199,7 @@ class Attention(Diagnostic):
             scalars = self._numbers(view, maps, batch, scene, to_test=True) | scalars
         unit = getattr(module, "unit", "px")
         scalars = {in_unit(name, unit): value for name, value in scalars.items()}
-        write_atomically(folder / "metrics.json", json.dumps(scalars, indent=1) + "\n")
+        write_atomically(folder / "metrics.json", json_text(scalars))
         table = write_maps(folder / "maps.parquet", tables)
         strip = write_png(folder / "strip.png", self._strip(view, batch, maps, scene))
         videos = {}

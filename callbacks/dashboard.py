@@ -20,6 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from callbacks.run_folder import MEDIA
 from policies.atomic_files import write_atomically
 from policies.interface import Findings, Table
+from policies.json_files import json_text
 
 INDEX = "index.json"
 TABLES = "tables"
@@ -392,13 +393,9 @@ def _write_tables(folder: Path, tables: Mapping[str, Table]) -> dict[str, str]:
     """Write tables as JSON, for reports that do without W&B, and return their paths."""
     paths = {}
     for key, table in tables.items():
-        rows = [
-            [None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row]
-            for row in table.rows
-        ]
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{file_name(key)}.json"
-        write_atomically(file, json.dumps({"columns": table.columns, "rows": rows}) + "\n")
+        write_atomically(file, json_text({"columns": table.columns, "rows": table.rows}, None))
         paths[key] = str(file)
     return paths
 

@@ -1,7 +1,6 @@
 """Which features a policy has at each checkpoint: an autoencoder follows its activations."""
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from features.record import record_features
 from features.taps import find_tap
 from policies.atomic_files import write_atomically
 from policies.interface import Findings, Table, in_unit
+from policies.json_files import json_text
 from rendering.picture import write_png
 
 PREFIX = "features"
@@ -225,7 +225,7 @@ class FeatureDynamics(Diagnostic):
             titles = found.titles
             scalars |= {f"{PREFIX}/{key}": value for key, value in found.scalars.items()}
         save_autoencoder(sae, folder / AUTOENCODER_FOLDER, metadata, quality.density)
-        write_atomically(folder / "metrics.json", json.dumps(scalars, indent=1) + "\n")
+        write_atomically(folder / "metrics.json", json_text(scalars))
         strip = draw_features(
             record,
             data,

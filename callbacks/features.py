@@ -1,6 +1,5 @@
 """What an autoencoder has learnt at checkpoints: fidelity, behaviour, features on their frames."""
 
-import json
 from pathlib import Path
 from typing import override
 
@@ -28,6 +27,7 @@ from lightning_modules.sae import SAEModule
 from policies.atomic_files import write_atomically
 from policies.ensembling import ActionQueue
 from policies.interface import Findings, PolicyView, in_unit
+from policies.json_files import json_text
 from rendering.charts import density_chart
 from rendering.picture import write_png
 
@@ -157,7 +157,7 @@ class Features(Diagnostic):
             found = find_concepts(record, concepts)
             titles = found.titles
             scalars |= {f"{PREFIX}/{key}": value for key, value in found.scalars.items()}
-        write_atomically(folder / "metrics.json", json.dumps(scalars, indent=1) + "\n")
+        write_atomically(folder / "metrics.json", json_text(scalars))
         quality = sae_module.quality
         assert quality is not None
         edges, counts = density_histogram(quality.density)

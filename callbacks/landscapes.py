@@ -1,6 +1,5 @@
 """Action landscapes at checkpoints: where the policy would go, and whether to believe it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from policies.act import ACTPolicy
 from policies.atomic_files import write_atomically
 from policies.ensembling import ActionQueue
 from policies.interface import Batch, Findings, SamplingPolicyView, Table
+from policies.json_files import json_text
 from rendering.colour import colour_table
 from rendering.landscape import board_px, landscape_strip, side_by_side
 from rendering.landscape_scenes import Column, Overlay, scenes
@@ -245,7 +245,7 @@ class Landscapes(Diagnostic):
             )
             scalars |= {f"latent/{name}": value for name, value in values.items()}
         document["reading"] = val.metrics.reading(use, None if train is None else train.metrics)
-        write_atomically(folder / "metrics.json", json.dumps(document, indent=1) + "\n")
+        write_atomically(folder / "metrics.json", json_text(document))
         images, videos, arrays = self._draw(trainer, module, view, val, folder)
         return Findings(
             scalars=scalars,

@@ -1,6 +1,5 @@
 """Let the policy act at checkpoints: success, score with intervals, and a video."""
 
-import json
 from pathlib import Path
 from typing import override
 
@@ -12,6 +11,7 @@ from envs.task import Task
 from policies.atomic_files import write_atomically
 from policies.ensembling import ActionQueue, TemporalEnsembler, check_controller, controller_of
 from policies.interface import Findings, PolicyView
+from policies.json_files import json_text
 
 
 class Rollouts(Diagnostic):
@@ -88,7 +88,7 @@ class Rollouts(Diagnostic):
         )
         prefix = self.untrained_prefix if untrained else self.prefix
         scalars = {f"{prefix}/{name}": value for name, value in result.summary().items()}
-        write_atomically(folder / "episodes.json", json.dumps(result.to_dict(), indent=1) + "\n")
+        write_atomically(folder / "episodes.json", json_text(result.to_dict()))
         if not result.recordings:
             return Findings(scalars=scalars)
         clips = [

@@ -1,7 +1,6 @@
 """The end of a run: what came out, and where everything lies."""
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -23,6 +22,7 @@ from callbacks.rollouts import Rollouts
 from callbacks.run_folder import MEDIA, written
 from policies.atomic_files import write_atomically
 from policies.interface import PolicyView
+from policies.json_files import json_text
 
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report/index.html"
@@ -87,7 +87,7 @@ class RunSummary(Callback):
         }
         if not getattr(trainer, "fast_dev_run", False):
             with written(run / SUMMARY_FILE):
-                write_atomically(run / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+                write_atomically(run / SUMMARY_FILE, json_text(summary))
         return summary
 
     def _keys(self, trainer: Trainer) -> Sequence[str]:

@@ -1,6 +1,5 @@
 """The transfer experiment at checkpoints: what is left of a policy on an arm it has never seen."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from envs.transfer import (
 from policies.atomic_files import write_atomically
 from policies.ensembling import check_controller, controller_of
 from policies.interface import Findings
+from policies.json_files import json_text
 
 N_MEASURED_FRAMES = 60
 """Instants behind the equivariance error."""
@@ -147,7 +147,7 @@ class Transfer(Diagnostic):
         document["episodes"] = {
             condition.name: result.to_dict() for condition, result in found.items()
         }
-        write_atomically(folder / "transfer.json", json.dumps(document, indent=1) + "\n")
+        write_atomically(folder / "transfer.json", json_text(document))
         videos = {}
         if self.n_videos:
             from rendering.video import Clip, write_clips

@@ -4,7 +4,6 @@ What it shares with ``analyze.py saliency`` is here: episodes in; maps, pictures
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
@@ -889,6 +888,7 @@ def _write_metrics(
     from attention.study import effect_numbers
     from policies.atomic_files import write_atomically
     from policies.interface import in_unit
+    from policies.json_files import json_text
 
     def named(values: Mapping[str, float]) -> dict[str, float]:
         return {in_unit(name, subject.loaded.action_unit): each for name, each in values.items()}
@@ -912,7 +912,7 @@ def _write_metrics(
             for name, rows in found.items()
         },
     }
-    write_atomically(folder / METRICS_FILE, json.dumps(document, indent=1) + "\n")
+    write_atomically(folder / METRICS_FILE, json_text(document))
 
 
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

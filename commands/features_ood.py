@@ -1,7 +1,6 @@
 """``analyze.py features ood``: notice unfamiliar frames from the policy's own activations."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -89,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     from autoencoders.files import AUTOENCODER_FOLDER, save_autoencoder
     from features.ood import MAX_COVARIANCE_DIM, fit_detector, save_detector
     from policies.atomic_files import write_atomically
+    from policies.json_files import json_text
 
     feature_inputs.check_at_least(arguments, LEAST)
     folder = feature_inputs.output_folder(arguments, (METRICS_FILE, DETECTOR_FOLDER))
@@ -121,6 +121,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"--alpha {arguments.alpha}: the split has {len(split['calibration'])} calibration "
             "episodes, which can promise "
             f"{1 / (len(split['calibration']) + 1):.3f} and more; give such a rate below 1"
+        )
+    if len(split["val"]) < LEAST["n_val_episodes"]:
+        raise ValueError(
+            f"--dataset_repo_id {arguments.dataset_repo_id}: {len(split['val'])} of its "
+            f"{len(subject.lengths)} episodes are held out, and an interval needs "
+            f"{LEAST['n_val_episodes']}; give more episodes"
         )
     train = feature_inputs.some(split["train"], arguments.n_train_episodes)
     val = feature_inputs.some(split["val"], arguments.n_val_episodes)
@@ -156,7 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
         assert task is not None
         document["failure_forecast"] = _forecast(subject, detector, task, arguments)
     _draw(folder, qualities, shown)
-    write_atomically(folder / METRICS_FILE, json.dumps(_plain(document), indent=1) + "\n")
+    write_atomically(folder / METRICS_FILE, json_text(document))
     _print(console, qualities, document, len(val))
     console.print(f"written to {folder}", soft_wrap=True)
     return 0
@@ -335,15 +341,6 @@ def _draw(
         values, list(qualities), names, "AUROC of perturbed against clean frames", (0.5, 1.0)
     )
     write_png(folder / CHART_FILE, chart)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def _print(

@@ -1,7 +1,6 @@
 """``analyze.py features record``: activity of features on every frame, in Parquet."""
 
 import argparse
-import json
 import time
 
 import numpy as np
@@ -31,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from callbacks.feature_findings import quality_of
     from features.record import ACTIVATIONS_FILE, FRAMES_FILE, write_record
     from policies.atomic_files import write_atomically
+    from policies.json_files import json_text
 
     files = (ACTIVATIONS_FILE, FRAMES_FILE, METRICS_FILE)
     folder = feature_inputs.output_folder(arguments, files)
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         "frames_per_s": len(record) / took_s,
     }
     document = {**subject.metadata, "episodes": episodes, **numbers}
-    write_atomically(folder / METRICS_FILE, json.dumps(document, indent=1) + "\n")
+    write_atomically(folder / METRICS_FILE, json_text(document))
     console = Console(highlight=False)
     console.print(
         f"{numbers['n_frames']} frames of {numbers['n_episodes']} episodes, {numbers['n_tokens']} "

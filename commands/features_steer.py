@@ -1,7 +1,6 @@
 """``analyze.py features steer``: turn features inside the policy and watch what it does."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
     from envs.task import Scene
     from features.effects import FeatureProbe
     from policies.atomic_files import write_atomically
+    from policies.json_files import json_text
 
     _check(arguments)
     folder = feature_inputs.output_folder(arguments, (METRICS_FILE, TABLE_FILE, VIDEO_FILE))
@@ -211,7 +211,7 @@ def run(arguments: argparse.Namespace) -> int:
         }
         _film(folder, task, result)
         _print_closed_loop(console, result)
-    write_atomically(folder / METRICS_FILE, json.dumps(document, indent=1) + "\n")
+    write_atomically(folder / METRICS_FILE, json_text(document))
     console.print(f"written to {folder}", soft_wrap=True)
     return 0
 

@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ from commands.inputs import (
     task_for,
 )
 from landscapes.landscape import HORIZONS
+from policies.atomic_files import write_atomically
+from policies.json_files import json_text
 
 if TYPE_CHECKING:
     import torch
@@ -750,7 +751,7 @@ def _write_episode(
             for landscape in episode.landscapes
         },
     }
-    (folder / f"{stem}_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_atomically(folder / f"{stem}_config.json", json_text(config))
     # The middle horizon: the action of now is a small blob next to any agent.
     return [columns[len(columns) // 2] for columns in wanted]
 
@@ -1123,8 +1124,7 @@ def _write_metrics(
                 "per_episode": metrics.episode_rows(),
             }
         )
-    text = json.dumps({"policies": rows}, indent=1)
-    (folder / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / METRICS_FILE, json_text({"policies": rows}))
 
 
 TABLE_COLUMNS = {

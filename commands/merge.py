@@ -1,7 +1,6 @@
 """``analyze.py merge``: join the shards of a rollout into one result with its intervals."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from commands.rollout import RESULT_FILE, Shard, print_table
 from envs.rollout import RolloutResult, joined
 from policies.atomic_files import write_atomically
-from policies.json_files import read_json
+from policies.json_files import json_text, read_json
 
 SAME = ("variant", "n_action_steps", "temporal_ensemble_coeff", "first_seed")
 """What a row has in common in all shards."""
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         **{name: first[name] for name in SAME_IN_ALL},
         "rows": rows,
     }
-    write_atomically(folder / RESULT_FILE, json.dumps(document, indent=1) + "\n")
+    write_atomically(folder / RESULT_FILE, json_text(document))
     console = Console()
     print_table(console, rows)
     console.print(f"written to {folder}", highlight=False)

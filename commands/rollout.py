@@ -7,7 +7,6 @@ compute with one thread, as workers do.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from envs.task import Task
 from policies.atomic_files import write_atomically
 from policies.ensembling import controller_of
 from policies.interface import PolicyView
+from policies.json_files import json_text
 from policies.loading import LoadedPolicy, load_policy
 from policies.workers import ENGINES, map_over
 
@@ -242,7 +242,7 @@ def run(arguments: argparse.Namespace) -> int:
             "n_parallel": arguments.n_parallel,
             "rows": rows,
         }
-        write_atomically(folder / RESULT_FILE, json.dumps(document, indent=1) + "\n")
+        write_atomically(folder / RESULT_FILE, json_text(document))
     print_table(console, rows)
     console.print(f"written to {folder}", highlight=False)
     return 0

@@ -5,7 +5,6 @@ started again, or on several machines that share the folder, goes on with what i
 """
 
 import argparse
-import json
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import Literal, NoReturn, get_args
 
 from commands.sweep_file import Sweep, read_sweep, wandb_sweep
 from policies.atomic_files import whole_file, write_atomically
+from policies.json_files import json_text
 
 Engine = Literal["optuna", "ray", "wandb"]
 RESULT_FILE = "sweep.json"
@@ -140,7 +140,7 @@ def finish(sweep: Sweep, folder: Path, found: Sequence, title: str) -> int:
         "best": complete[0].number if complete else None,
         "trials": [asdict(trial) for trial in found],
     }
-    write_atomically(folder / RESULT_FILE, json.dumps(document, indent=1) + "\n")
+    write_atomically(folder / RESULT_FILE, json_text(document))
     console = Console()
     table = Table(title=f"{len(found)} trials, best first")
     keys = [parameter.key for parameter in sweep.parameters]

@@ -1,7 +1,6 @@
 """``analyze.py symmetry``: is a task's second arm the exact mirror image of its first?"""
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from envs.symmetry import measure_symmetry, mirrored_worlds
     from policies.atomic_files import write_atomically
+    from policies.json_files import json_text
 
     _check(arguments)
     folder = Path(arguments.output_dir).expanduser()
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     folder.mkdir(parents=True, exist_ok=True)
     record = {"source": source, "look_every": arguments.look_every, **result.to_dict()}
-    write_atomically(folder / RESULT_FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / RESULT_FILE, json_text(record))
     _print(console, result, source)
     with console.status("Drawing"):
         _draw(folder, task, scripts[0], result, arguments.size_px)

@@ -31,6 +31,7 @@ from features.resampling import Estimate
 from policies.act import ACTPolicy
 from policies.atomic_files import write_atomically
 from policies.interface import PolicyView
+from policies.json_files import json_text
 from policies.loading import LoadedPolicy, load_policy
 
 if TYPE_CHECKING:
@@ -738,7 +739,7 @@ def _captions(batch: "Batch") -> list[str]:
 
 def _write(folder: Path, document: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RESULT_FILE, json.dumps(document, indent=1) + "\n")
+    write_atomically(folder / RESULT_FILE, json_text(document))
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], task: Task) -> str:

@@ -4,7 +4,6 @@ Concepts are chosen on training episodes and measured on held-out ones: with hun
 and dozens of concepts, the best of many would look good by chance alone.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from features.statistics import LEVEL, Associations, associate
 from features.taps import TokenPosition
 from landscapes.grid import Grid
 from policies.atomic_files import whole_file, write_atomically
+from policies.json_files import json_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -362,8 +362,7 @@ def write_descriptions(
     with whole_file(folder / TABLE_FILE) as path:
         parquet.write_table(table, path)
     found = {**descriptions.summary(), **(summary or {})}
-    text = json.dumps(found, indent=2, allow_nan=False)
-    write_atomically(folder / SUMMARY_FILE, text)
+    write_atomically(folder / SUMMARY_FILE, json_text(found))
     return folder
 
 

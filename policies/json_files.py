@@ -1,6 +1,7 @@
-"""JSON that may be damaged or hostile: read within bounds, with one error for all that is wrong."""
+"""JSON that others take, and theirs, damaged or hostile: one error for all that is wrong."""
 
 import json
+import math
 import os
 import re
 import stat
@@ -15,6 +16,22 @@ MAX_DEPTH = 64
 MAX_DIGITS = 20
 """Of a whole number; none that is written needs more than 64 bits."""
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def json_text(value: Any, indent: int | None = 1) -> str:
+    """Write a value as a line of JSON, or several; null stands for NaN and infinity.
+
+    JSON has neither: what Python writes for them no other program reads.
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(

@@ -15,6 +15,7 @@ import analyze
 from autoencoders.files import save_autoencoder
 from autoencoders.fit import fit_autoencoder
 from autoencoders.sae import build_autoencoder
+from commands import feature_inputs
 from datamodules.activations import ActivationDataModule
 from features.record import read_record
 from features.taps import read_activations
@@ -182,6 +183,23 @@ def test_what_cannot_work_is_said_in_one_line(name, words, sae, named, inputs, t
     said = capsys.readouterr().err
     assert named in said
     assert said.startswith(f"analyze.py features {name}:")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_held_out_episode_is_too_few_before_anything_is_read(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    opened = feature_inputs.open_subject
+
+    def with_one(arguments):
+        subject = opened(arguments)
+        del subject.split["val"][1:]
+        return subject
+
+    monkeypatch.setattr(feature_inputs, "open_subject", with_one)
+    assert command("ood", inputs, tmp_path / "out", "--alpha", 0.5) == 1
+    assert "--dataset_repo_id" in (said := capsys.readouterr().err)
+    assert "an interval needs 2; give more episodes" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -302,6 +302,13 @@ def test_principal_directions_fall_in_variance():
     assert (found * expected).sum(1).abs().tolist() == pytest.approx([1, 1, 1], abs=0.01)
 
 
+def test_numbers_that_are_not_known_are_null(described, tmp_path):
+    more = {"behaviour": {"action_score": {"value": 0.5, "low": float("nan")}}}
+    folder = write_descriptions(tmp_path / "found", described, summary=more)
+    summary = json.loads((folder / "features.json").read_text(), parse_constant=pytest.fail)
+    assert summary["behaviour"]["action_score"] == {"value": 0.5, "low": None}
+
+
 def test_files_say_the_same(described, tmp_path):
     folder = write_descriptions(tmp_path / "found", described)
     rows = parquet.read_table(folder / "features.parquet").to_pylist()

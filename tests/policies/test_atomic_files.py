@@ -1,6 +1,40 @@
-import pytest
+import os
+from pathlib import Path
 
+import pytest
+import torch
+
+from callbacks.checkpoints import AtomicCheckpointIO
 from policies.atomic_files import whole_file, write_atomically
+
+
+def save_checkpoint(path: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.ones(2)}}, path)
+
+
+@pytest.mark.parametrize("write", [lambda path: write_atomically(path, "new"), save_checkpoint])
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_end(
+    tmp_path, monkeypatch, write
+):
+    """What a power cut would lose: the bytes behind a name, then the name."""
+    done, sync, rename = [], os.fsync, Path.replace
+    write(tmp_path / "file")
+    before = (tmp_path / "file").stat().st_ino
+
+    def fsync(handle):
+        done.append(("on the disk", os.fstat(handle).st_ino))
+        sync(handle)
+
+    def replace(source, target):
+        done.append(("renamed", source.stat().st_ino))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    write(tmp_path / "file")
+    file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
+    assert file != before
+    assert done == [("on the disk", file), ("renamed", file), ("on the disk", folder)]
 
 
 def test_a_text_is_replaced_whole_with_ordinary_permissions(tmp_path):
