@@ -1,6 +1,7 @@
-"""Settings of every test: no hub, one thread a process, shapes checked."""
+"""Settings of every test: no hub, one thread a process, shapes checked, examples untimed."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 # Without bytecode on the disk, each process of the suite compiles torch and all the rest again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import hypothesis
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 sys.dont_write_bytecode = False  # here too, whatever this process was told
+# Under nohup, or behind an &, signals are ignored, here and in what tests start.
+for number, action in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, action)
+
+# A machine that is busy with other work is no error.
+hypothesis.settings.register_profile("policyscope", deadline=None)
+hypothesis.settings.load_profile("policyscope")
 
 # Two threads on two shared cores wait for each other longer than one works alone.
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from autoencoders.matching import assign, match, mean_correlation_coefficient
 from autoencoders.planted import PlantedDictionary
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n=st.integers(1, 6), m=st.integers(1, 6), seed=st.integers(0, 10**6), ties=st.booleans())
 def test_no_other_assignment_is_better(n, m, seed, ties):
     scores = torch.randn(n, m, generator=torch.Generator().manual_seed(seed))

@@ -61,9 +61,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rubbish(
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999))
 def test_a_checkpoint_cut_short_anywhere_is_refused(tmp_path: Path, share: float) -> None:
     path = write(tmp_path / "a.ckpt")

@@ -21,9 +21,7 @@ ROWS = st.lists(
 )
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ROWS, reopened_after=st.integers(0, 8))
 def test_rows_are_read_back_exactly_whatever_columns_appear_when(
     tmp_path: Path, rows: list[dict[str, float]], reopened_after: int

@@ -44,7 +44,7 @@ def slow_sample(store, episode, step, chunk_size, n_obs_steps, action_start):
     return actions, is_pad, history
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_gather_equals_the_slow_reference(data):
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))

@@ -364,7 +364,7 @@ def test_lightning_streams_whole_epochs_in_new_orders(films):
     buffer=st.integers(1, 80),
     epoch=st.integers(0, 5),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_order_is_a_permutation_that_never_looks_further_than_the_buffer(counts, buffer, epoch):
     sampler = StreamSampler(counts, 1, buffer, seed=2)
     starts = np.cumsum(counts) - counts

@@ -15,7 +15,7 @@ batches = st.integers(1, 9)
 seeds = st.integers(0, 2**31)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, batches, seeds, st.integers(0, 5))
 def test_an_epoch_is_a_permutation(n_samples, batch_size, seed, epoch):
     sampler = EpochBatchSampler(n_samples, batch_size, seed)
@@ -26,7 +26,7 @@ def test_an_epoch_is_a_permutation(n_samples, batch_size, seed, epoch):
     assert {len(batch) for batch in dealt[:-1]} <= {batch_size}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes, batches, seeds, st.integers(0, 5))
 def test_order_depends_on_seed_and_epoch_alone(n_samples, batch_size, seed, epoch):
     used = EpochBatchSampler(n_samples, batch_size, seed)
@@ -50,7 +50,7 @@ def test_epochs_and_seeds_differ():
     assert len(set(orders)) == 9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, batches, seeds, st.integers(0, 3), st.data())
 def test_resumed_pass_is_the_tail_and_the_next_is_whole(n_samples, batch_size, seed, epoch, data):
     sampler = EpochBatchSampler(n_samples, batch_size, seed)
@@ -79,7 +79,7 @@ def test_another_epoch_disarms_the_resume():
     assert len(list(sampler)) == 5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, batches, st.integers(1, 4), st.booleans(), seeds)
 def test_ranks_share_what_one_process_would_see(n_samples, batch_size, world, drop_last, seed):
     together = batch_size * world

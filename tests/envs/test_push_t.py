@@ -30,7 +30,7 @@ def pushed(env):
     return env.state(), env.image()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.tuples(COORDINATE, COORDINATE, COORDINATE, COORDINATE), st.floats(-7, 7))
 def test_reset_lands_on_the_state(env, position, angle):
     env.reset_to(np.array([*position, angle]))

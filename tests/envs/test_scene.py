@@ -66,7 +66,7 @@ def test_push_t_is_a_scene(env):
 # Masks
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(STATE, st.sampled_from([(SIZE, SIZE), (64, 48)]), st.sampled_from([0.0, 7.0, 15.0]))
 def test_masks_are_the_shapes_widened_on_the_board(env, state, size_px, dilation_px):
     env.reset_to(state)
@@ -109,7 +109,7 @@ def test_impossible_masks_are_refused(env):
 # Without an object
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(STATE)
 def test_only_the_object_disappears(env, state):
     as_is = drawn(env, state)

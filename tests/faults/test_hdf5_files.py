@@ -343,7 +343,7 @@ def recordings(draw):
 
 
 @pytest.mark.fault(14)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(recordings(), st.integers(1, 9))
 def test_any_lengths_and_types_are_batches_or_one_error(tmp_path_factory, recording, chunk_size):
     rows, kind, constant = recording

@@ -54,7 +54,7 @@ def test_points_go_where_the_table_says(mirror, expected):
 
 
 @each_mirror
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(POINTS)
 def test_a_mirror_is_a_reflection_and_its_own_inverse(mirror, points):
     points = torch.tensor(points, dtype=torch.float64)
@@ -111,7 +111,7 @@ def test_a_picture_shows_a_point_where_the_point_went(mirror, place):
 
 @each_mirror
 @given(st.floats(-7, 7))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_turned_symmetric_object_stays_one(mirror, angle):
     """Its stem, (0, 1) in its own frame, goes where the mirror sends a line along it."""
 
