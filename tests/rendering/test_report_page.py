@@ -161,7 +161,7 @@ def test_charts_are_searched_read_and_clicked(open_page, written, tmp_path):
     expect(chart.locator(".crosshair")).to_have_count(1)
     expect(card.locator(".chart-value").first).to_have_text("0.2")
     page.mouse.click(box["x"] + 50 + 0.41 * (box["width"] - 62), box["y"] + 60)
-    assert "step 2,000" in page.locator("#step").inner_text()
+    expect(page.locator("#step")).to_contain_text("step 2,000")
     page.locator("#chart-search").fill("no such number")
     assert page.locator("#curves .chart-card:visible").count() == 0
 
@@ -187,7 +187,7 @@ def test_two_runs_stand_side_by_side_each_at_its_newest_checkpoint(open_page, wr
     two = planted_run(tmp_path / "two", (2000, 3000), name="runs/two", level=0.4)
     page = open_page(written(one, two))
     page.locator("#before").click()
-    assert "step 2,000" in page.locator("#step").inner_text()
+    expect(page.locator("#step")).to_contain_text("step 2,000")
     assert loaded(page, "landscape/strip", 1000).evaluate(GREY) == 25
     assert loaded(page, "landscape/strip", 2000).evaluate(GREY) == 65
     lefts = page.locator("[data-section=landscape] img").evaluate_all(
